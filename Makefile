@@ -1,0 +1,57 @@
+# Everything runs in .venv, which the first target that needs it makes from pyproject.toml and constraints.txt.
+# A Python other than python3: make PYTHON=python3.12 test. Data: RAREFY_DATA=/path/to/data make bench-fashion.
+
+PYTHON  ?= python3
+WORKERS ?= 2
+VENV    := .venv
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.installed
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check lint format types bench-overhead bench-fashion bench-digits clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
+
+# torch is named with its version: pip then prefers a CPU build where it is offered one, and never moves off the pin.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rarefy needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0 -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP)  ## six methods on real digits, compared fairly, in under three minutes
+	$(BIN)/rarefy demo
+
+test: $(STAMP)  ## the whole test suite but its slow part
+	$(PYTEST) -n $(WORKERS) -q -m "not slow"
+
+test-slow: $(STAMP)  ## the slow part: comparisons over seeds, long runs
+	$(PYTEST) -n $(WORKERS) -q -m slow
+
+check: lint types test  ## all that a change must pass: lint, types, tests
+
+lint: $(STAMP)  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP)  ## pyright: strict for axes, core and runtime
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench-overhead: $(STAMP)  ## time per training step over the dense step
+	$(BIN)/python -m rarefy.bench.overhead
+
+bench-digits: $(STAMP)  ## the digits comparison at 95 and 98 %, five seeds
+	$(BIN)/rarefy bench digits --sparsities 0.95 0.98 --seeds 5
+
+bench-fashion: $(STAMP)  ## the results table of LeNet-300-100 on Fashion-MNIST
+	$(BIN)/rarefy bench fashion-mnist --sparsities 0.9 0.95 0.98 --seeds 5
+
+clean:  ## remove .venv, caches and build products; results stay
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

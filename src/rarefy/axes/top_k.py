@@ -1,0 +1,140 @@
+"""Exactly k of n: choosing units by score, and the whole numbers that say how many.
+
+Everything here is exact and the same on every machine: a threshold is only ever a means, ties go to the lower index,
+and counts are rational arithmetic on the decimal that was written.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+
+def top_k(scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
+    """Keep the k largest scores; ties go to the lower index.
+
+    scores: any shape and floating dtype, finite. k: 0 ≤ k ≤ number of candidates.
+    among: bool, same shape: the candidates; others are never kept and their scores never read. Default: all.
+    Returns a bool mask of the same shape with exactly k true entries.
+    Raises ValueError on NaN or infinity among the candidates and on an impossible k.
+
+    >>> top_k(torch.tensor([1., 3., 3., 2.]), 2)
+    tensor([False,  True,  True, False])
+    >>> top_k(torch.tensor([1., 3., 3., 2.]), 2, among=torch.tensor([True, False, True, True]))
+    tensor([False, False,  True,  True])
+    """
+    if among is not None:
+        places = _same_shape(among, scores).flatten().nonzero()[:, 0]
+        chosen = top_k(scores.flatten()[places], k)
+        mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+        mask[places[chosen]] = True
+        return mask.reshape(scores.shape)
+    if not 0 <= k <= scores.numel():
+        raise ValueError(f"top_k: asked for {k} of {scores.numel()} candidates; k must be from 0 to {scores.numel()}")
+    return top_k_per_row(ready(scores).reshape(1, -1), k).reshape(scores.shape)
+
+
+def top_k_per_row(scores: Tensor, k: int) -> Tensor:
+    """Keep the k largest of each row; ties go to the lower index.
+
+    scores: (rows, columns), floating, no NaN; infinities sort at the ends. k: 0 ≤ k ≤ columns.
+    Returns a bool mask (rows, columns) with exactly k true entries in each row.
+
+    >>> top_k_per_row(torch.tensor([[0., 0., 0.], [1., 2., 3.]]), 1).int()
+    tensor([[1, 0, 0],
+            [0, 0, 1]], dtype=torch.int32)
+    """
+    if k == 0 or not scores.numel():
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = scores.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    kept = scores >= threshold
+    if int(kept.sum()) == k * len(scores):  # the usual case: nothing ties with a k-th score
+        return kept
+    above = scores > threshold
+    tied = kept ^ above
+    room = k - above.sum(1, keepdim=True)
+    return above | (tied & (tied.cumsum(1) <= room))
+
+
+def ready(scores: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Scores that can be compared: detached, of a dtype with an order, and finite outside of `kept` (bool, same shape).
+
+    Raises ValueError for NaN, infinities (naming how many) and dtypes that are not floating.
+    """
+    scores = scores.detach()
+    if not scores.is_floating_point():
+        raise ValueError(f"scores must be floating, got {scores.dtype}; convert them with .double()")
+    if scores.itemsize == 1:  # torch cannot compare 8-bit floats; float32 holds each of them exactly
+        scores = scores.float()
+    read = scores if kept is None else scores.masked_fill(kept, 0.0)
+    if read.numel() and not all(math.isfinite(end.item()) for end in torch.aminmax(read)):
+        nan, infinite = int(read.isnan().sum()), int(read.isinf().sum())
+        raise ValueError(
+            f"scores must be finite: {nan} NaN and {infinite} infinite among {read.numel()} of shape "
+            f"{tuple(read.shape)}; look for an overflow or a division by zero where they were made"
+        )
+    return scores
+
+
+def count(sparsity: float, units: int) -> int:
+    """Units that a sparsity leaves: floor((1 − s)·units + ½), with s taken as the decimal that was written.
+
+    Raises ValueError unless 0 ≤ s ≤ 1 and units ≥ 0.
+
+    >>> count(0.9, 235_200), count(0.5, 5), count(0.35, 10)
+    (23520, 3, 7)
+    """
+    if not 0 <= sparsity <= 1 or units < 0:
+        raise ValueError(f"count({sparsity}, {units}): the sparsity must be in [0, 1] and units at least 0")
+    return math.floor((1 - Fraction(str(float(sparsity)))) * units + Fraction(1, 2))
+
+
+def largest_remainder(ideal: Sequence[Fraction | float | int], total: int, caps: Sequence[int]) -> list[int]:
+    """Whole shares that sum to `total`: each ideal rounded down, then the largest remainders rounded up.
+
+    ideal: shares ≥ 0, about `total` in sum. caps: the most that each may get. Ties go to the lower index. What the
+    ideals and caps leave over is shared out evenly in the same order, what they give too much is taken back evenly in
+    the opposite order. Raises ValueError unless 0 ≤ total ≤ sum(caps).
+
+    >>> largest_remainder([1.5, 1.5, 7.0], 10, [9, 9, 9])
+    [2, 1, 7]
+    >>> largest_remainder([2.5, 7.5], 10, [9, 6])
+    [4, 6]
+    """
+    if len(ideal) != len(caps) or not 0 <= total <= sum(caps):
+        raise ValueError(
+            f"largest_remainder: {total} in {len(ideal)} shares, capped at {list(caps)}: there must be as many caps as "
+            f"shares, and the total must be from 0 to their sum, {sum(caps)}"
+        )
+    exact = [Fraction(x) for x in ideal]
+    shares = [min(math.floor(x), cap) for x, cap in zip(exact, caps, strict=True)]
+    order = sorted(range(len(exact)), key=lambda i: math.floor(exact[i]) - exact[i])  # sorted is stable
+    while (left := total - sum(shares)) > 0:
+        _hand_out(left, [i for i in order if shares[i] < caps[i]], shares, caps)
+    while (over := sum(shares) - total) > 0:
+        holders = [i for i in reversed(order) if shares[i] > 0]
+        taken = [0] * len(shares)
+        _hand_out(over, holders, taken, shares)
+        shares = [have - take for have, take in zip(shares, taken, strict=True)]
+    return shares
+
+
+def _hand_out(left: int, to: Iterable[int], shares: list[int], caps: Sequence[int]) -> None:
+    """One round: an equal part, at least 1, to each in turn while any is left."""
+    to = list(to)
+    part = max(1, left // len(to))
+    for i in to:
+        given = min(part, left, caps[i] - shares[i])
+        shares[i] += given
+        left -= given
+
+
+def _same_shape(mask: Tensor, scores: Tensor) -> Tensor:
+    if mask.dtype is not torch.bool or mask.shape != scores.shape:
+        raise ValueError(
+            f"among must be a bool mask of the scores' shape {tuple(scores.shape)}, got {mask.dtype} of shape "
+            f"{tuple(mask.shape)}"
+        )
+    return mask

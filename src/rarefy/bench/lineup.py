@@ -1,0 +1,110 @@
+"""The names by which a comparison calls methods, and the value behind each at a sparsity, in the pace of a task.
+
+Every registered method is known by its own name; the table below adds better titles and variants. Intervals follow the
+task: a schedule made for 10 000 steps would make two updates in 1 500.
+
+>>> from rarefy.bench.tasks import Digits
+>>> make_method("rigl", Digits(), 0.95).every
+Every(interval=50, until=0.75)
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import rarefy  # noqa: F401  registers the methods
+from rarefy.axes import Cubic, Every, OneShot
+from rarefy.bench.tasks import Task
+from rarefy.core.method import Driver, Method, all_methods
+
+__all__ = ["BASELINES", "DEMO", "known_names", "make_method", "parse_names", "title"]
+
+BASELINES = ("dense", "random", "random-search", "magnitude")
+"""In every table, asked for or not."""
+
+DEMO = ("synflow", "snip", "set", "rigl", "gmp", "granet")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    title: str
+    kind: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+_ENTRIES = {
+    "random": _Entry("random ERK", "Random"),
+    "random-uniform": _Entry("random uniform", "Random", {"allocation": "uniform"}),
+    "random-search": _Entry("random search", "RandomSearch"),
+    "dense": _Entry("dense", "Dense"),
+    "magnitude": _Entry("magnitude", "Magnitude"),
+    "magnitude-uniform": _Entry("magnitude per layer", "Magnitude", {"allocation": "uniform"}),
+    "magnitude-init": _Entry("magnitude at start", "GMP", {"allocation": "global", "schedule": OneShot(at=1)}),
+    "gmp-global": _Entry("GMP global", "GMP", {"allocation": "global"}),
+    "set-itop": _Entry("SET-ITOP", "ITOP", {"grow": "random"}),
+    "sr-ste": _Entry("SR-STE unstructured", "SRSTE", {"pattern": "unstructured"}),
+    "top-kast": _Entry("Top-KAST", "TopKAST"),
+}
+
+
+def known_names() -> list[str]:
+    """All names, those of the table first."""
+    taken = {_plain(name) for name in _ENTRIES} | {_plain(e.kind) for e in _ENTRIES.values() if not e.options}
+    return [*_ENTRIES, *(name.lower() for name in all_methods() if _plain(name) not in taken)]
+
+
+def parse_names(names: str) -> list[str]:
+    """The names in `a,b,c`, as `known_names` writes them. Case, hyphens and underscores do not matter.
+
+    Raises ValueError for a name that is not known, naming near ones.
+
+    >>> parse_names("RigL, random_search")
+    ['rigl', 'random-search']
+    """
+    return [_known(name) for name in map(str.strip, names.split(",")) if name]
+
+
+def title(name: str) -> str:
+    """How tables call it; a name from another version stays as it is."""
+    if name in _ENTRIES:
+        return _ENTRIES[name].title
+    return next((kind for kind in all_methods() if _plain(kind) == _plain(name)), name)
+
+
+def make_method(name: str, task: Task, sparsity: float) -> Method | Driver:
+    """The method at this sparsity, its masks changing every `task.every` steps. Raises ValueError for what cannot be."""
+    if not 0 < sparsity < 1:
+        raise ValueError(f"sparsity {sparsity:g} must be above 0 and below 1: the share of weights that are zero")
+    name = _known(name)
+    entry = _ENTRIES.get(name) or _Entry(name, next(k for k in all_methods() if _plain(k) == _plain(name)))
+    kind = all_methods()[entry.kind]
+    asked = {"sparsity": sparsity} if "sparsity" in {f.name for f in dataclasses.fields(cast(Any, kind))} else {}
+    return _paced(kind(**asked, **entry.options), task.every)
+
+
+def _paced(method: Any, every: int) -> Any:
+    changes: dict[str, Any] = {}
+    for field_ in dataclasses.fields(method):
+        x = getattr(method, field_.name)
+        if isinstance(x, Every):
+            changes[field_.name] = dataclasses.replace(x, interval=every)
+        elif isinstance(x, Cubic):
+            changes[field_.name] = dataclasses.replace(x, every=every)
+        elif field_.name == "every":
+            changes["every"] = every
+    return dataclasses.replace(method, **changes)
+
+
+def _known(name: str) -> str:
+    names = {_plain(known): known for known in known_names()}
+    if _plain(name) not in names:
+        near = difflib.get_close_matches(_plain(name), names, n=3)
+        hint = f"did you mean {' or '.join(names[n] for n in near)}?" if near else f"known are {', '.join(names.values())}"
+        raise ValueError(f"no method is named {name!r}; {hint}")
+    return names[_plain(name)]
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")

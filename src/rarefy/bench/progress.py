@@ -1,0 +1,47 @@
+"""A progress bar with time left, on the error stream: results stay alone on the output stream."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from rarefy.bench.runs import Run
+
+__all__ = ["Bar", "bar"]
+
+
+class Bar:
+    """A reporter of `rarefy.bench.runner` that people watch."""
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+        self._task = progress.add_task("", total=None)
+
+    def plan(self, work: int) -> None:
+        """The length of the bar."""
+        self._progress.update(self._task, total=work)
+
+    def start(self, run: Run) -> None:
+        """The words beside the bar."""
+        self._progress.update(self._task, description=str(run))
+
+    def tick(self, batches: int) -> None:
+        """The bar moves."""
+        self._progress.advance(self._task, batches)
+
+    def note(self, text: str) -> None:
+        """A line above the bar, plain and unwrapped."""
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def bar() -> Iterator[Bar]:
+    """A bar that is there for the block and gone after it. Where nobody watches, only notes are written."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("· left"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield Bar(progress)

@@ -1,0 +1,88 @@
+"""`check(model, sparsity)`: prove every promise, or name what is broken, with counts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.core import bits
+from rarefy.core.held import Held, local
+from rarefy.core.sites import Site
+from rarefy.core.sparsity import Sparsity
+
+_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def check(model: nn.Module, sparsity: Sparsity) -> None:
+    """Raise RuntimeError, listing every broken promise with names and counts, unless
+
+    the masked weights (and followers) are all +0.0, every mask obeys its pattern and keeps exactly what was asked, the
+    model still has the parameters that are held, and a method that works during training is attached.
+
+    >>> from rarefy import Magnitude, sparsify
+    >>> model = nn.Linear(8, 4)
+    >>> handle = sparsify(model, Magnitude(sparsity=0.5))
+    >>> check(model, handle)
+    >>> model.weight.data.fill_(1.0)[0, 0].item()
+    1.0
+    >>> check(model, handle)
+    Traceback (most recent call last):
+    RuntimeError: 1 promise of Magnitude(sparsity=0.5) is broken:
+      weight: 16 of 16 masked values are not +0.0
+    """
+    broken = _parameters(model, sparsity)
+    if not broken:
+        for site in sparsity.sites:
+            broken += _mask(site) + [p for held in (site.held, *site.followers) for p in _zeros(held)]
+    if "optimizer" in sparsity.method.needs and not sparsity.attached and not sparsity.ended:
+        broken.append("no optimizer is attached, so nothing holds zeros while training: call attach(optimizer, steps)")
+    if broken:
+        noun, verb = ("promise", "is") if len(broken) == 1 else ("promises", "are")
+        lines = "\n".join(f"  {line}" for line in broken)
+        raise RuntimeError(f"{len(broken)} {noun} of {sparsity.method} {verb} broken:\n{lines}")
+
+
+def _parameters(model: nn.Module, sparsity: Sparsity) -> list[str]:
+    found = dict(model.named_parameters(remove_duplicate=False))
+    broken: list[str] = []
+    for held in sparsity.held():
+        parameter = found.get(held.name)
+        if parameter is None:
+            broken.append(f"{held.name}: the model has no such parameter (another model, or it was replaced)")
+        elif parameter is not held.parameter:
+            broken.append(f"{held.name}: the parameter was replaced after sparsify: attach again")
+    return broken
+
+
+def _zeros(held: Held) -> list[str]:
+    if held.keep is None:
+        return []
+    weight = local(held.parameter).detach()
+    patterns = weight.view(_WIDTH[weight.element_size()])  # bit patterns: −0.0 is not +0.0
+    masked = held.keep.eq(0)
+    wrong = bits.count(patterns.ne(0) & masked)
+    return [f"{held.name}: {wrong} of {bits.count(masked)} masked values are not +0.0"] if wrong else []
+
+
+def _mask(site: Site) -> list[str]:
+    broken: list[str] = []
+    mask = site.canonical(site.mask)
+    full_mask = bool(mask.all())  # a soft phase: nothing is masked yet
+    if not full_mask and not site.pattern.legal(mask):
+        broken.append(f"{site.name}: the mask does not obey the pattern {site.pattern}")
+    units = bits.count(site.pattern.gather(mask))
+    if site.asked is not None and units != _reachable(site, site.asked):
+        broken.append(f"{site.name}: {units} units of {site.pattern} are kept, {site.asked} were asked for")
+    if not _inside(site.held.keep, site.held.train):
+        broken.append(f"{site.name}: gradients do not reach all kept weights")
+    return broken
+
+
+def _reachable(site: Site, asked: int) -> int:
+    """What the pattern can keep of `asked` (constant fan-in keeps rows·⌊K/rows⌋)."""
+    scores = torch.zeros(site.pattern.units(site.pattern_shape))
+    return bits.count(site.pattern.fill(torch.zeros_like(scores, dtype=torch.bool), scores, asked, site.pattern_shape))
+
+
+def _inside(keep: Tensor | None, train: Tensor | None) -> bool:
+    return train is None or (keep is not None and not bool((keep.ne(0) & train.eq(0)).any()))

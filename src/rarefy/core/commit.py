@@ -1,0 +1,126 @@
+"""Staged masks take effect: weights, gradients, optimizer state, followers and the ledger move together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.core import bits
+from rarefy.core.held import Held, local, shard
+from rarefy.core.optimizers import owner, reset_state
+from rarefy.core.sites import Site
+
+if TYPE_CHECKING:
+    import rarefy.core.sparsity
+
+Staged = tuple[Tensor, Tensor | None]
+"""A mask, and where gradients reach the optimizer (None: where the mask is true)."""
+
+
+def commit(s: rarefy.core.sparsity.Sparsity, staged: Mapping[int, Staged]) -> None:
+    """Apply every staged mask and note the counts in the ledger."""
+    first = not s.ledger.entries
+    kept = [s.kept(site) for site in s.sites]
+    flips = 0
+    for index, (mask, trainable) in staged.items():
+        flips += _apply(s, s.sites[index], mask, trainable)
+        kept[index] = bits.count(mask)
+    s.ledger.record(s.ledger.steps, kept, [_trained(site, kept[site.index]) for site in s.sites], 0 if first else flips)
+
+
+def _apply(s: rarefy.core.sparsity.Sparsity, site: Site, mask: Tensor, trainable: Tensor | None) -> int:
+    held = site.held
+    flips = bits.count(site.mask ^ mask)
+    before = held.train
+    held.set(mask, mask if trainable is None else trainable)
+    _move_state(s, held, before)
+    if site.master is not None:
+        with torch.no_grad():
+            local(site.parameter).copy_(site.master)
+    _clear(held)
+    for follower in site.followers:
+        before = follower.train
+        follow(site, follower, mask)
+        _move_state(s, follower, before)
+        _clear(follower)
+    _explore(s, site, mask)
+    return flips
+
+
+def follow(site: Site, follower: Held, mask: Tensor) -> None:
+    """A follower is kept where its output channel keeps any weight."""
+    rows = site.canonical(mask).flatten(1).any(dim=1)
+    follower.set(rows, rows)
+
+
+def _clear(held: Held) -> None:
+    held.clear_weight()
+    held.remask_gradient()
+
+
+def _move_state(s: rarefy.core.sparsity.Sparsity, held: Held, before: Tensor | None) -> None:
+    """Positions that became or ceased to be trainable start again from the optimizer's initial state."""
+    if held.train is before:
+        return
+    optimizer = owner(s.optimizers, held.parameter)
+    if optimizer is None:
+        return
+    changed = bits.differ(_bytes(before, held), _bytes(held.train, held))
+    reset_state(optimizer, held, bits.encode(~changed, local(held.parameter)))
+
+
+def reset_masked_state(s: rarefy.core.sparsity.Sparsity) -> None:
+    """Initial optimizer state wherever gradients do not reach (an optimizer with a past was attached or loaded)."""
+    for held in s.held():
+        optimizer = owner(s.optimizers, held.parameter)
+        if optimizer is not None and held.train is not None:
+            reset_state(optimizer, held, held.train)
+
+
+def _explore(s: rarefy.core.sparsity.Sparsity, site: Site, mask: Tensor) -> None:
+    packed = bits.pack(mask)
+    site.explored = packed if site.explored is None else site.explored | packed
+    counts = s.ledger.explored_counts or [0] * len(s.sites)
+    counts[site.index] = bits.count(bits.unpack(site.explored, mask.shape))
+    s.ledger.explored_counts = counts
+
+
+def _bytes(keep: Tensor | None, held: Held) -> Tensor:
+    return keep if keep is not None else torch.full_like(local(held.parameter), -1, dtype=torch.int8)
+
+
+def _trained(site: Site, kept: int) -> int:
+    if site.held.train is site.held.keep:
+        return kept
+    return site.numel if site.held.train is None else bits.count(site.trainable)
+
+
+def rebind(s: rarefy.core.sparsity.Sparsity, model: nn.Module) -> None:
+    """Find every parameter anew by its name (wrappers replace parameters); masks and masters follow."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for held in s.held():
+        found = parameters.get(held.name)
+        if found is None or found.shape != held.parameter.shape:
+            seen = "none" if found is None else f"one of shape {tuple(found.shape)}"
+            raise ValueError(
+                f"the model has no parameter {held.name!r} of shape {tuple(held.parameter.shape)} any more (found "
+                f"{seen}): attach to the model that was sparsified, or sparsify the new one."
+            )
+    for site in s.sites:
+        if parameters[site.name] is not site.parameter:
+            _rebind_site(site, parameters)
+
+
+def _rebind_site(site: Site, parameters: Mapping[str, nn.Parameter]) -> None:
+    mask, trainable, master = site.mask, site.trainable, site.weight
+    same = site.held.train is site.held.keep
+    site.held.parameter = parameters[site.name]
+    site.held.set(mask, mask if same else trainable)
+    if site.master is not None:
+        site.master = shard(master, site.parameter).clone()
+    for follower in site.followers:
+        follower.parameter = parameters[follower.name]
+        follow(site, follower, mask)

@@ -1,0 +1,79 @@
+"""The contract of a method: frozen hyper-parameters and five hooks; every tensor that changes lives in the handle."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from rarefy.axes import Value, from_dict
+
+if TYPE_CHECKING:
+    import rarefy.core.sparsity
+
+__all__ = ["Driver", "Method", "all_methods", "method_from_dict", "register"]
+
+T = TypeVar("T", bound="type[Method] | type[Driver]")
+
+
+class Method(Value):
+    """What to make sparse and how; a value, so that a result file can name exactly what ran.
+
+    `needs` names what the method cannot do without: "data" (batches), "loss" (with `loss(model, batch)`), "optimizer",
+    "steps" (the length of the run), "master" (a dense weight behind the sparse one that the forward pass uses).
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    stage: ClassVar[str] = "one shot"
+    paper: ClassVar[str] = ""
+    extra_cost: ClassVar[str] = "none"
+    labels: ClassVar[tuple[str, ...]] = ("static", "sparse-to-sparse", "simulated")
+    dense_backward: ClassVar[bool] = False
+    """FLOPs convention: whether the gradient of the input is counted as dense (straight-through methods)."""
+
+    def begin(self, s: "rarefy.core.sparsity.Sparsity") -> None:
+        """Choose the first masks: `s.keep(site, mask)` for every site."""
+        raise NotImplementedError(f"{type(self).__name__} has no begin()")
+
+    def wants_dense_gradient(self, step: int, steps: int | None) -> bool:
+        """Whether the gradient at masked positions is needed in the step that follows `step` completed ones. Pure."""
+        return False
+
+    def on_gradients(self, s: "rarefy.core.sparsity.Sparsity") -> None:
+        """Gradients of `s.ready` are final: accumulated, unscaled, reduced, clipped. `s.step` steps are complete."""
+
+    def on_weights(self, s: "rarefy.core.sparsity.Sparsity") -> None:
+        """Weights were just updated; `s.step` counts this step too."""
+
+    def end(self, s: "rarefy.core.sparsity.Sparsity") -> None:
+        """Called once by `Sparsity.end()`; the handle itself leaves exact zeros and a plain model behind."""
+
+
+class Driver(Value):
+    """A method that runs training itself, several times: `run(model, train, evaluate=None) -> Sparsity`."""
+
+    stage: ClassVar[str] = "iterative"
+    paper: ClassVar[str] = ""
+    extra_cost: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset({"train"})
+    labels: ClassVar[tuple[str, ...]] = ("static", "dense-to-sparse", "simulated")
+
+
+_METHODS: dict[str, type[Method] | type[Driver]] = {}
+
+
+def register(method: T) -> T:
+    """List a method class under its name; the contract tests and `rarefy methods` walk this list."""
+    if _METHODS.setdefault(method.__name__, method) is not method:
+        raise ValueError(f"a method named {method.__name__!r} is registered already: choose another name")
+    return method
+
+
+def all_methods() -> Mapping[str, type[Method] | type[Driver]]:
+    """Name → class of every registered method, in the order of registration."""
+    return dict(_METHODS)
+
+
+def method_from_dict(data: Mapping[str, Any]) -> Method | Driver:
+    """The method that `to_dict` wrote. Raises ValueError when the dictionary names something else."""
+    found = from_dict(data)
+    if not isinstance(found, Method | Driver):
+        raise ValueError(f"expected a method, got {found}: one of {', '.join(_METHODS)} would work")
+    return found

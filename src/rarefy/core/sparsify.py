@@ -1,0 +1,122 @@
+"""The one verb: `sparsify(model, method, ...)`, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from rarefy.core.choose import refuse_infinite
+from rarefy.core.followers import find_followers
+from rarefy.core.held import local
+from rarefy.core.method import Driver, Method
+from rarefy.core.sites import Selector, find_sites
+from rarefy.core.sparsity import Sparsity, refuse_second_handle
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def sparsify(
+    model: nn.Module,
+    method: Method,
+    *,
+    optimizer: Any = None,
+    steps: int | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    only: Selector | Iterable[Selector] | None = None,
+    skip: Selector | Iterable[Selector] | None = None,
+    seed: int = 0,
+    resume: Mapping[str, Any] | None = None,
+) -> Sparsity:
+    """Make `model` sparse in place by `method`, now or during the training that follows.
+
+    Args:
+        optimizer: one torch optimizer or a sequence; with it the returned handle is attached: zeros stay zeros and the
+            method's schedule runs inside the ordinary loop.
+        steps: optimizer steps of the whole run; floats in schedules are fractions of it.
+        data: batches for methods that need them: a tensor is passed as model(batch), a tuple as model(*batch), a mapping
+            as model(**batch).
+        loss: loss(model, batch) -> scalar tensor, for scores that need gradients.
+        only, skip: which weights may be sparse: names, globs, module classes or predicates (name, module) -> bool.
+        seed: of everything random here; global seeds are never touched.
+        resume: the `state_dict()` of a handle: nothing is chosen and the model is left as it is.
+
+    Returns the handle. Raises ValueError, TypeError or RuntimeError, with the model untouched, on anything that cannot
+    be: NaN weights, no site, a pattern that does not fit, missing data, another live handle.
+
+    >>> model = nn.Linear(8, 4)
+    >>> from rarefy import Magnitude
+    >>> round(sparsify(model, Magnitude(sparsity=0.75)).sparsity, 2)
+    0.75
+    """
+    _refuse_no_method(method)
+    sites = find_sites(model, only=only, skip=skip)
+    refuse_second_handle(model)
+    s = Sparsity(model, method, sites, steps=None, seed=seed)
+    _fit_pattern(s, model)
+    for site in sites:
+        refuse_infinite(site.name, local(site.parameter).detach(), "weights")
+    if resume is not None:
+        s.load_state_dict(resume)
+        _refuse_other_steps(resume, steps)
+    else:
+        _refuse_missing(method, data, loss)
+        _begin(s, data, loss, steps)
+    if optimizer is not None:
+        s.attach(optimizer, steps)
+    return s
+
+
+def _begin(s: Sparsity, data: Iterable[Any] | None, loss: Loss | None, steps: int | None) -> None:
+    """Choose the first masks; whatever raises leaves the model untouched, since masks are staged until all are known."""
+    s.steps, s.data, s.loss = steps, data, loss
+    if "master" in s.method.needs:
+        for site in s.sites:
+            site.master = local(site.parameter).detach().clone()
+    try:
+        s.method.begin(s)
+    finally:
+        s.data = s.loss = None
+    s.commit()
+
+
+def _fit_pattern(s: Sparsity, model: nn.Module) -> None:
+    pattern = getattr(s.method, "pattern", None)
+    if pattern is None:
+        return
+    for site in s.sites:
+        site.pattern = pattern
+        reason = pattern.fits(site.pattern_shape)
+        if reason is not None:
+            raise ValueError(
+                f"pattern {pattern} does not fit {site.name!r}: {reason} Or leave it out: skip={site.name!r}."
+            )
+    if not any(pattern.whole(site.pattern_shape) for site in s.sites):
+        shapes = ", ".join(f"{site.name} {site.shape}" for site in s.sites[:4])
+        raise ValueError(f"pattern {pattern} has no whole group in any site ({shapes}): choose smaller groups.")
+    if str(pattern) == "channel":
+        find_followers(model, s.sites)
+
+
+def _refuse_no_method(method: Any) -> None:
+    if isinstance(method, Driver):
+        raise TypeError(
+            f"{method} runs training itself, several times: call method.run(model, train), where "
+            "train(model, sparsity) calls sparsity.attach(optimizer, steps)."
+        )
+    if not isinstance(method, Method):
+        raise TypeError(f"method={method!r} is no method value: pass one, such as rarefy.Magnitude(sparsity=0.9).")
+
+
+def _refuse_missing(method: Method, data: Any, loss: Any) -> None:
+    if "data" in method.needs and data is None:
+        raise ValueError(f"{method} needs data=, an iterable of batches.")
+    if "loss" in method.needs and loss is None:
+        raise ValueError(f"{method} needs loss=, a callable loss(model, batch) that returns a scalar tensor.")
+
+
+def _refuse_other_steps(saved: Mapping[str, Any], steps: int | None) -> None:
+    if steps is not None and saved["steps"] is not None and steps != saved["steps"]:
+        raise ValueError(f"steps={steps}, but the saved run has {saved['steps']} steps: give the same number.")

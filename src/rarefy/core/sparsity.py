@@ -1,0 +1,253 @@
+"""The handle: everything that changes while a model is sparse, and what methods and users ask of it."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rarefy.axes import Allocation, Interval, resolve
+from rarefy.core import choose, state
+from rarefy.core.commit import Staged, commit, rebind, reset_masked_state
+from rarefy.core.held import Held
+from rarefy.core.ledger import Ledger
+from rarefy.core.method import Method
+from rarefy.core.optimizers import as_sequence, learning_rate, refuse_unfit
+from rarefy.core.sites import Site, site_hash
+from rarefy.core.watch import Watch
+
+Everywhere = Literal["everywhere"]
+_live: weakref.WeakSet[Sparsity] = weakref.WeakSet()
+
+
+class Sparsity:
+    """What `rarefy.sparsify` returns. Users read `masks`, `sparsity`, `density`, `step`, `ledger` and call `attach`,
+    `detach`, `end`, `state_dict`; the rest is what methods use.
+
+    The parameter always holds the weight that the forward pass uses; its masked entries are +0.0 after every step.
+    """
+
+    def __init__(
+        self, model: nn.Module, method: Method, sites: Sequence[Site], *, steps: int | None = None, seed: int = 0
+    ) -> None:
+        self.model = model
+        self.method = method
+        self.sites: tuple[Site, ...] = tuple(sites)
+        self.steps = steps
+        self.step = 0
+        self.seed = seed
+        self.generator = torch.Generator("cpu").manual_seed(seed)
+        self.ledger = Ledger([s.name for s in sites], [s.numel for s in sites], method.dense_backward)
+        self.memory: dict[str, Any] = {}
+        self.data: Any = None
+        self.loss: Any = None
+        self.ready: tuple[Site, ...] = ()
+        self.deciding = True
+        self.ended = False
+        self._staged: dict[int, Staged] = {}
+        self._watch: Watch | None = None
+
+    # -- what a user reads ---------------------------------------------------------------------------------------
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Parameter name in `model.state_dict()` → boolean mask of its shape, true where the weight is kept. Copies."""
+        return {site.name: site.mask for site in self.sites}
+
+    @property
+    def sparsity(self) -> float:
+        """Share of masked weights over all sites, now."""
+        return 1 - sum(self.kept(site) for site in self.sites) / max(1, sum(site.numel for site in self.sites))
+
+    def density(self, name: str) -> float:
+        """Share of kept weights of one site. Raises KeyError naming the sites."""
+        site = next((s for s in self.sites if s.name == name), None)
+        if site is None:
+            raise KeyError(f"no site {name!r}; the sites are {', '.join(s.name for s in self.sites)}")
+        return self.kept(site) / site.numel
+
+    @property
+    def attached(self) -> bool:
+        """Whether optimizers are being watched, so that zeros stay zeros while training."""
+        return self._watch is not None
+
+    @property
+    def site_hash(self) -> str:
+        return site_hash(self.sites)
+
+    def __repr__(self) -> str:
+        at = f"step {self.step}" + (f" of {self.steps}" if self.steps is not None else "")
+        return f"<Sparsity {self.method}: {self.sparsity:.2%} of {len(self.sites)} sites, {at}>"
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def attach(self, optimizer: Any, steps: int | None = None) -> Sparsity:
+        """Watch one or several optimizers, so that zeros stay zeros and the method's schedule runs.
+
+        steps: optimizer steps of the whole run; fixed once it has begun. May be called again with a new optimizer;
+        parameters are found anew by name. Raises ValueError for unfit optimizers, missing parameters, or if another live handle holds the same weights.
+        """
+        if self.ended:
+            raise RuntimeError("this handle has ended: call rarefy.sparsify again for another run.")
+        optimizers = as_sequence(optimizer)
+        steps = self._checked_steps(steps)
+        rebind(self, self.model)
+        refuse_unfit(optimizers, self.held())
+        refuse_second_handle(self.model, but=self)
+        self.detach()
+        self.steps = steps
+        self._watch = Watch(self, optimizers)
+        _live.add(self)
+        reset_masked_state(self)
+        return self
+
+    def _checked_steps(self, steps: int | None) -> int | None:
+        steps = self.steps if steps is None else steps
+        if steps is not None and (isinstance(steps, bool) or steps < 0):
+            raise ValueError(f"steps={steps!r}: the number of optimizer steps of the whole run, 0 or more.")
+        if "steps" in self.method.needs:
+            if steps is None:
+                raise ValueError(f"{self.method} needs steps=, the optimizer steps of the whole run, for its schedule.")
+            if self.steps is not None and self.step > 0 and steps != self.steps:
+                raise ValueError(
+                    f"steps={steps}, but step {self.step} of a run of {self.steps} is complete: keep steps."
+                )
+        return steps
+
+    def detach(self) -> None:
+        """Stop watching; masks and state stay. Nothing holds zeros any more until `attach`."""
+        if self._watch is not None:
+            self._watch.remove()
+        self._watch = None
+        _live.discard(self)
+
+    def end(self) -> None:
+        """Finish: exact zeros and a plain model stay behind, and nothing is watched any more. The masks can still be read."""
+        if self.ended:
+            return
+        self.method.end(self)
+        self.commit()
+        self.detach()
+        for site in self.sites:
+            site.master = None
+        for held in self.held():
+            held.clear_weight()
+        self.ended = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on, as tensors and JSON values: masks one bit a weight, step, generator, memory."""
+        return state.dump(self)
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take over a saved state. Raises ValueError, changing nothing, if it belongs to other sites or another method."""
+        state.load(self, saved)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sparsity:
+        """A copy bound to the copied model (copy both in one deepcopy), attached to nothing."""
+        model = copy.deepcopy(self.model, memo)
+        twin = Sparsity(model, self.method, state.copied_sites(self.sites, model), steps=self.steps, seed=self.seed)
+        twin.ended = self.ended
+        state.load(twin, copy.deepcopy(state.dump(self)))
+        return twin
+
+    # -- what a method asks --------------------------------------------------------------------------------------
+
+    def keep(self, site: Site, mask: Tensor, trainable: Tensor | Everywhere | None = None) -> None:
+        """Stage a new mask; all staged masks take effect together once the method's hook has returned.
+
+        mask: boolean, in the parameter's shape. trainable: where gradients reach the optimizer (default: the mask).
+        """
+        if isinstance(trainable, str):
+            trainable = torch.ones_like(mask)
+        for tensor in (mask, trainable):
+            if tensor is not None and (tensor.dtype != torch.bool or tensor.shape != site.parameter.shape):
+                raise ValueError(
+                    f"mask of {site.name!r}: expected bool of shape {tuple(site.parameter.shape)}, "
+                    f"got {tensor.dtype} of {tuple(tensor.shape)}"
+                )
+        self._staged[site.index] = (mask, trainable)
+
+    def project(
+        self,
+        scores: Mapping[Site, Tensor],
+        allocation: Allocation,
+        sparsity: float | None,
+        *,
+        pool: Any = "mean_abs",
+        nested: Mapping[Site, Tensor] | None = None,
+    ) -> dict[Site, Tensor]:
+        """pattern.project(score, budget): masks for scores of the weights' shapes; remembers what was asked.
+
+        nested: masks (now) whose false units must stay false."""
+        return choose.project(scores, pool, allocation, sparsity, nested=nested)
+
+    def dense_gradient(self, site: Site) -> Tensor:
+        """The gradient at all positions, masked ones too, in steps announced by `wants_dense_gradient`. Finite, or raises."""
+        gradient = site.held.dense_gradient()
+        choose.refuse_infinite(site.name, gradient, "gradients")
+        return gradient
+
+    def skip_optimizer_step(self) -> None:
+        """Void the user's optimizer step that is about to happen; it still counts as a step."""
+        if self._watch is not None:
+            self._watch.skip = True
+
+    def at(self, when: Interval, what: str = "a fraction of the run") -> int:
+        """An int is a step; a float is that fraction of `steps`."""
+        return resolve(when, self.steps, what)
+
+    def learning_rate(self, site: Site) -> float:
+        """Of the optimizer that updates the site, now."""
+        return learning_rate(self.optimizers, site.parameter)
+
+    def kept(self, site: Site) -> int:
+        """Kept weights of a site."""
+        return self.ledger.entries[-1].kept[site.index] if self.ledger.entries else site.numel
+
+    # -- what the core asks --------------------------------------------------------------------------------------
+
+    def held(self) -> list[Held]:
+        """Every parameter under a mask: sites and their followers."""
+        return [h for site in self.sites for h in (site.held, *site.followers)]
+
+    def commit(self) -> None:
+        """Let all staged masks take effect."""
+        staged, self._staged = self._staged, {}
+        if staged:
+            commit(self, staged)
+
+    def restart(self, step: int) -> None:
+        """A driver begins another round at `step`, with another optimizer to come; the ledger goes on."""
+        self.detach()
+        self.step, self.steps = step, None
+
+    def drop_staged(self) -> None:
+        self._staged.clear()
+
+    @property
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """Those being watched."""
+        return self._watch.optimizers if self._watch is not None else ()
+
+
+def refuse_second_handle(model: nn.Module, but: Sparsity | None = None) -> None:
+    """Raise RuntimeError if another attached handle holds weights of `model`."""
+    theirs = {id(p) for p in model.parameters()}
+    for other in _live:
+        shared = next((h.name for h in other.held() if id(h.parameter) in theirs), None)
+        if other is not but and shared is not None:
+            raise RuntimeError(
+                f"{shared!r} is already held by a live handle ({other!r}): two would undo each other's zeros. "
+                "Call its end() (keeps the zeros) or detach() first."
+            )
+
+
+def live_handle(model: nn.Module) -> Sparsity | None:
+    """The attached handle of `model`, if there is one."""
+    theirs = {id(p) for p in model.parameters()}
+    return next((s for s in _live if any(id(h.parameter) in theirs for h in s.held())), None)

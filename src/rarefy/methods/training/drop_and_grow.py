@@ -1,0 +1,102 @@
+"""Drop and grow: the one engine of dynamic sparse training.
+
+Every ΔT steps, in each layer with n kept units: keep the n − k with the largest drop score, k = int(α(t)·n), then grow
+the best k of all that are not kept, just-dropped ones included. Counts never change. New weights start at zero with the
+optimizer's initial state; one dropped and regrown in the same update keeps both its value and its state.
+
+SET, RigL, ITOP and GraNet are configurations: their drop score, grow score, α(t), ΔT and where in the step they act.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rarefy.axes import (
+    AllocationField,
+    Cosine,
+    DropFractionField,
+    Every,
+    EveryField,
+    PatternField,
+    Score,
+    Share,
+    top_k,
+    value,
+)
+from rarefy.core import choose
+from rarefy.core.method import Method
+from rarefy.core.scoring import score_sites
+from rarefy.core.sites import Site
+from rarefy.core.sparsity import Sparsity
+
+
+@value
+class DropAndGrow(Method):
+    """Args:
+    drop: "magnitude" drops the smallest |w|; "magnitude_by_sign" the smallest positive and the largest negative ones.
+    grow: "gradient" grows where the dense gradient is largest; "random" anywhere.
+    fraction: α(t), the share of kept units exchanged at an update.
+    every: ΔT, and until when. `Every(100, until=0.75)`, or an int.
+    skip_step: whether an update takes the place of the optimizer step (RigL) or follows it (ITOP).
+    """
+
+    sparsity: Share | None = None
+    allocation: AllocationField = "erdos_renyi_kernel"
+    pattern: PatternField = "unstructured"
+    drop: Literal["magnitude", "magnitude_by_sign"] = "magnitude"
+    grow: Literal["gradient", "random"] = "gradient"
+    fraction: DropFractionField = Cosine(0.3)
+    every: EveryField = Every(100, 0.75)
+    skip_step: bool = True
+
+    needs = frozenset({"optimizer", "steps"})
+    stage = "training"
+    labels = ("dynamic", "sparse-to-sparse", "simulated")
+
+    def begin(self, s: Sparsity) -> None:
+        for site, mask in s.project(score_sites(s, Score("random")), self.allocation, self.sparsity).items():
+            s.keep(site, mask)
+
+    def wants_dense_gradient(self, step: int, steps: int | None) -> bool:
+        return self.grow == "gradient" and self.every.due(step if self.skip_step else step + 1, steps)
+
+    def on_gradients(self, s: Sparsity) -> None:
+        if self.skip_step and s.deciding and self.every.due(s.step, s.steps):
+            self.update(s, s.ready)
+            s.skip_optimizer_step()
+
+    def on_weights(self, s: Sparsity) -> None:
+        if not self.skip_step and self.every.due(s.step, s.steps):
+            self.update(s, s.sites)
+
+    def update(self, s: Sparsity, sites: Sequence[Site]) -> None:
+        """One exchange in each of `sites`."""
+        alpha = self.fraction.at(s.step, s.at(self.every.until, "until"))
+        for site in sites:
+            s.keep(site, self.exchange(s, site, site.mask, alpha))
+
+    def exchange(self, s: Sparsity, site: Site, mask: Tensor, alpha: float) -> Tensor:
+        """The mask after dropping a share alpha of its units and growing as many."""
+        active = choose.units_of(site, mask)
+        n = int(active.sum())
+        keep = self._drop(site, active, alpha)
+        return choose.fill(site, keep, self._grow_scores(s, site), n)
+
+    def _drop(self, site: Site, active: Tensor, alpha: float) -> Tensor:
+        weight = site.canonical(site.weight)
+        if self.drop == "magnitude" or not site.pattern.elementwise:
+            n = int(active.sum())
+            return top_k(choose.pooled(site, site.weight, "mean_abs"), n - int(alpha * n), among=active)
+        kept = torch.zeros_like(active)
+        flat = weight.flatten()
+        for side in (active & (flat < 0), active & (flat >= 0)):
+            n = int(side.sum())
+            kept |= top_k(flat.abs(), n - int(alpha * n), among=side)
+        return kept
+
+    def _grow_scores(self, s: Sparsity, site: Site) -> Tensor:
+        if self.grow == "gradient":
+            return choose.pooled(site, s.dense_gradient(site), "mean_abs")
+        return choose.pooled(site, Score("random")(site.weight, None, s.generator), "mean_abs")
