@@ -44,13 +44,15 @@ types: $(STAMP)  ## pyright: strict for axes, core and runtime
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench-overhead: $(STAMP)  ## time per training step over the dense step
-	$(BIN)/python -m rarefy.bench.overhead
+	OMP_NUM_THREADS=1 $(BIN)/python -m rarefy.bench.overhead
 
 bench-digits: $(STAMP)  ## the digits comparison at 95 and 98 %, five seeds
-	$(BIN)/rarefy bench digits --sparsities 0.95 0.98 --seeds 5
+	$(BIN)/rarefy bench digits --sparsities .95,.98 --seeds 5 --controls shuffled,small_dense --out rarefy-digits
+	$(BIN)/rarefy report rarefy-digits -o results/digits.md
 
-bench-fashion: $(STAMP)  ## the results table of LeNet-300-100 on Fashion-MNIST
-	$(BIN)/rarefy bench fashion-mnist --sparsities 0.9 0.95 0.98 --seeds 5
+bench-fashion: $(STAMP)  ## the results table of LeNet-300-100 on Fashion-MNIST, results/fashion-mnist.md
+	$(BIN)/rarefy bench fashion-mnist --sparsities .9,.95,.98 --seeds 5 --out rarefy-fashion-mnist
+	$(BIN)/rarefy report rarefy-fashion-mnist -o results/fashion-mnist.md
 
 clean:  ## remove .venv, caches and build products; results stay
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

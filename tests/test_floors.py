@@ -18,7 +18,9 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 STRANGERS = [{"methods", "runtime"}]  # on one floor, and never import each other
 
 LONGEST_FILE = 320
-MIRRORED = ("axes", "core", "methods", "runtime", "io", "integrations", "bench")
+
+# Rooms whose every module (or the package that it is in) has a test file of its name; the others are tested by theme.
+TESTED_BY_FILE = ("axes",)
 
 # Absolute paths into folders that another machine has not.
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|opt|tmp|work|mnt|Users)/\w")
@@ -98,13 +100,19 @@ def test_nothing_is_unpickled(path: Path):
 
 
 def test_tests_mirror_the_tree():
-    for folder in sorted(path for path in TESTS.rglob("*") if path.is_dir() and list(path.glob("test_*.py"))):
-        assert (PACKAGE / folder.relative_to(TESTS)).is_dir(), f"{name(folder)} has no counterpart in src/rarefy"
-    for path in SOURCES:
-        where = path.relative_to(PACKAGE)
-        if where.parts[0] in MIRRORED and path.name != "__init__.py":
-            wanted = TESTS / where.parent
-            assert list(wanted.glob(f"test_{path.stem}*.py")), f"{name(path)} has no {name(wanted)}/test_{path.stem}.py"
+    """A folder of tests is named as the folder that it tests, and every room has one."""
+    tested = {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")}
+    assert all((PACKAGE / folder).is_dir() for folder in tested), f"no counterpart in src/rarefy for one of {tested}"
+    rooms = {path.relative_to(PACKAGE).parts[0] for path in SOURCES if path.parent != PACKAGE}
+    assert rooms <= {folder.parts[0] for folder in tested if folder.parts}, f"no tests for a room: {rooms} and {tested}"
+
+
+@pytest.mark.parametrize("room", TESTED_BY_FILE)
+def test_every_module_has_tests_of_its_name(room: str):
+    for path in (path for path in (PACKAGE / room).rglob("*.py") if path.name != "__init__.py"):
+        names = [path.stem, *path.relative_to(PACKAGE / room).parent.parts]
+        found = [test for each in names for test in (TESTS / room).rglob(f"test_{each}*.py")]
+        assert found, f"{name(path)} has no test file of its name or its package's in {name(TESTS / room)}"
 
 
 def test_no_word_of_one_machine():

@@ -1,4 +1,4 @@
-"""What README.md and CONTRIBUTING.md say is true: their snippets run, their commands exist."""
+"""What README.md and CONTRIBUTING.md say is true: their snippets run and print what is shown, their commands exist."""
 
 import os
 import re
@@ -41,10 +41,13 @@ def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("guide", GUIDES)
 def test_snippets_run_in_order(guide: str, tmp_path: Path):
+    text = (REPOSITORY / guide).read_text()
     script = tmp_path / guide
-    script.write_text(fenced((REPOSITORY / guide).read_text(), "python"))
+    script.write_text(fenced(text, "python"))
     done = run(script, cwd=tmp_path)
     assert done.returncode == 0, f"a snippet of {guide} fails:\n{done.stdout}{done.stderr}"
+    for line in filter(None, fenced(text, "console").splitlines()):
+        assert line in done.stdout, f"{guide} shows {line!r}, which its snippets do not print:\n{done.stdout}"
 
 
 @pytest.mark.parametrize("guide", GUIDES)

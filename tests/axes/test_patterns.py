@@ -146,6 +146,14 @@ def test_no_other_mask_of_the_pattern_is_nearer(pattern: NM, weight: Tensor):
         assert sum(float(squares[i]) for i in group if kept[i]) == pytest.approx(best, abs=1e-12)
 
 
+@pytest.mark.parametrize("m", [63, 64, 65, 130])
+def test_nm_agrees_with_itself_where_the_algorithm_changes(m: int):
+    weight = torch.randint(-3, 4, (5, 2 * m), generator=torch.Generator().manual_seed(0)).float()
+    kept = NM(m // 3, m).project(weight, 0).flatten().tolist()
+    scores = weight.abs().flatten().tolist()
+    assert kept == reference(groups_of(NM(m // 3, m), (5, 2 * m), 0), scores, [False] * len(scores))
+
+
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "3:100", "4x4", "constant_fan_in", "channel"])
 def test_results_do_not_depend_on_threads_or_memory_layout(pattern: str):
     made = parse_pattern(pattern)

@@ -229,11 +229,11 @@ def test_shorthand():
     ("parse", "x", "message"),
     [
         (parse_sparsity_schedule, "cubik", "did you mean 'cubic'"),
-        (parse_sparsity_schedule, Every(), "must be a sparsity schedule"),
-        (parse_every, True, "must be an Every"),
-        (parse_every, Constant(0.1), "must be an Every"),
-        (parse_drop_fraction, "cosine", "must be a Constant, Cosine or InversePower"),
-        (parse_drop_fraction, True, "must be a Constant"),
+        (parse_sparsity_schedule, Every(), "is not a sparsity schedule"),
+        (parse_every, True, "is not an Every"),
+        (parse_every, Constant(0.1), "is not an Every"),
+        (parse_drop_fraction, "cosine", "is not a Constant, Cosine or InversePower"),
+        (parse_drop_fraction, True, "is not a Constant"),
         (parse_drop_fraction, 1.5, "must be at most 1"),
     ],
 )

@@ -67,7 +67,7 @@ class Fresco(Paint):
 
 
 def message(**fields: Any) -> str:
-    with pytest.raises(ValueError, match="^Paint") as error:
+    with pytest.raises(ValueError, match=r"^Paint") as error:
         Paint(**fields)
     assert type(error.value) is ValueError
     assert error.value.__cause__ is None
@@ -173,7 +173,7 @@ paints = st.builds(
 @given(paints)
 def test_json_and_copies_are_exact(paint: Fresco):
     again = from_dict(json.loads(json.dumps(paint.to_dict())))
-    copies = [again, copy.copy(paint), copy.deepcopy(paint), pickle.loads(pickle.dumps(paint))]
+    copies = [again, copy.copy(paint), copy.deepcopy(paint), pickle.loads(pickle.dumps(paint))]  # noqa: S301
     copies.append(dataclasses.replace(paint))  # pyright: ignore[reportArgumentType]
     for other in copies:
         assert type(other) is Fresco

@@ -111,7 +111,7 @@ class Cubic(SparsitySchedule):
 
     initial: s_i, the sparsity before and at the start. start, end: t₀ and t₁, end ≥ start. every: steps between two
     updates, counted from the start; the last falls on the end, whatever `every` is, so that s_f is reached.
-    At t₀ itself s = s_i (jaxpruner counts from t₀ − 1, so that its first update already prunes).
+    At t₀ itself s = s_i (in jaxpruner the first update already prunes).
     Raises ValueError if the end lies before the start or after the run, or if the final sparsity is below `initial`.
 
     >>> [round(Cubic(start=0, end=100).sparsity(t, 0.9, None), 4) for t in (0, 10, 25, 50, 75, 100)]

@@ -58,7 +58,7 @@ _rules: dict[str, Rule] = {}
 
 def _known(name: str) -> str:
     if name not in _rules:
-        raise ValueError(f"must be a registered score, got {name!r}; {suggest(name, _rules)}")
+        raise ValueError(f"{name!r} is not a registered score; {suggest(name, _rules)}")
     return name
 
 

@@ -22,7 +22,7 @@ def parse_named(x: object, base: type[Kind], names: Mapping[str, Callable[[], Ki
     if isinstance(x, str) and x in names:
         return names[x]()
     hint = suggest(x if isinstance(x, str) else "", names)
-    raise ValueError("; ".join(filter(None, (f"must be {what}, got {reprlib.repr(x)}", hint))))
+    raise ValueError("; ".join(filter(None, (f"{reprlib.repr(x)} is not {what}", hint))))
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

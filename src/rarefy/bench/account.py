@@ -30,7 +30,7 @@ Dense = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Phase:
-    """Some steps of training: under one handle, or dense before there is one. kept: weights, averaged over the steps."""
+    """Some steps of training: under one handle, or dense before there is one. kept: weights, mean over the steps."""
 
     flops: float
     steps: int
@@ -73,7 +73,7 @@ def parameters(model: nn.Module) -> int:
 
 @contextmanager
 def counted_forwards(model: nn.Module, dense: Dense) -> Iterator[list[float]]:
-    """FLOPs of whatever passes through the model, or a copy of it, within the block; a pass with gradients counts three."""
+    """FLOPs of whatever passes through the model, or a copy of it, in the block; with gradients a pass counts three."""
     spent: list[float] = []
 
     def hook_for(flops: float) -> Any:

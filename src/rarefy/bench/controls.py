@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rarefy.axes.value import value
 from rarefy.bench.seeds import generator
-from rarefy.core import bits
+from rarefy.core import bits, choose
 from rarefy.core.method import Method
 from rarefy.core.sites import Site
 
@@ -28,7 +28,7 @@ __all__ = ["Given", "narrowed", "shuffled"]
 
 @value
 class Given(Method):
-    """Masks that come from elsewhere, kept from the first step to the last. masks: name → packed bits, see `Given.of`."""
+    """Masks from elsewhere, kept from the first step to the last. masks: name → packed bits, see `Given.of`."""
 
     masks: dict[str, str]
 
@@ -50,11 +50,10 @@ class Given(Method):
 
 def shuffled(site: Site, mask: Tensor, seed: int) -> Tensor:
     """A random mask of the site's pattern with as many units as `mask`: same shape, same number of weights kept."""
-    units = site.pattern.gather(site.canonical(mask))
+    units = choose.units_of(site, mask)
     source = generator(f"shuffle {site.name}", seed)
     scores = torch.rand(units.shape, dtype=torch.float64, generator=source)
-    chosen = site.pattern.fill(torch.zeros_like(units), scores, int(units.sum()))
-    return site.restore(site.pattern.spread(chosen, site.pattern_shape))
+    return choose.fill(site, torch.zeros_like(units), scores, int(units.sum()))
 
 
 def narrowed(parameters: Callable[[int], int], most: int) -> int:

@@ -1,7 +1,7 @@
 """Where the images come from: a folder that the user has, else a checked download into a cache.
 
-Nothing is unpickled, and a damaged file is an error rather than a strange accuracy. Training and test images stay apart:
-`Data.held_out` makes a validation set from training images alone.
+Nothing is unpickled, and a damaged file is an error rather than a strange accuracy. Training and test images stay
+apart: `Data.held_out` makes a validation set from training images alone.
 """
 
 import gzip
@@ -12,7 +12,7 @@ import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -70,9 +70,9 @@ class Data:
 
 
 def load_digits() -> Data:
-    """scikit-learn's 1797 real 8×8 digits: inputs (n, 64) in [0, 1] (pixels / 16), 1200 to train, 597 to test, one split.
+    """scikit-learn's 1797 real 8×8 digits: inputs (n, 64) in [0, 1] (pixels / 16); 1200 to train, 597 to test.
 
-    Raises ModuleNotFoundError without scikit-learn.
+    The split is one and the same for all seeds. Raises ModuleNotFoundError without scikit-learn.
     """
     try:
         from sklearn import datasets
@@ -87,7 +87,8 @@ def load_digits() -> Data:
 
 
 def load_fashion_mnist(folder: Path | None = None) -> Data:
-    """Fashion-MNIST: inputs (n, 1, 28, 28) standardised by mean .2860 and deviation .3530; 60 000 to train, 10 000 to test.
+    """Fashion-MNIST: inputs (n, 1, 28, 28), standardised (mean .2860, deviation .3530); 60 000 to train, 10 000 to
+    test.
 
     folder: what holds `FashionMNIST/raw/*.gz`; None looks at $RAREFY_DATA, then downloads into the user's cache.
     Raises FileNotFoundError where neither works, ValueError for a damaged file.
@@ -107,7 +108,7 @@ def load_fashion_mnist(folder: Path | None = None) -> Data:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The array of bytes in a gzipped IDX file. Raises ValueError, naming the file, where it is damaged or truncated."""
+    """The array of bytes in a gzipped IDX file. Raises ValueError naming a file that is damaged or truncated."""
     try:
         raw = gzip.decompress(path.read_bytes())
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -160,7 +161,7 @@ def _download() -> dict[str, Path]:
     fetch = pooch.HTTPDownloader(timeout=60)
     try:
         return {
-            name: Path(pooch.retrieve(_SOURCE + name, f"md5:{md5}", name, cache, downloader=fetch))
+            name: Path(pooch.retrieve(_SOURCE + name, f"md5:{md5}", name, cache, downloader=cast(Any, fetch)))
             for name, md5 in _MD5.items()
         }
     except (OSError, ValueError) as error:  # no network; or not the file that was promised
@@ -170,7 +171,7 @@ def _download() -> dict[str, Path]:
 
 def _both_ways(problem: str) -> str:
     return (
-        f"Fashion-MNIST: {problem}. Either give a folder that holds {_FOLDER}/*.gz, with --data DIR or RAREFY_DATA=DIR; "
+        f"Fashion-MNIST: {problem}. Either give a folder that holds {_FOLDER}/*.gz, by --data DIR or RAREFY_DATA=DIR; "
         "or give neither and be online, and the four files are downloaded and checked. "
         "The task 'digits' needs no download."
     )

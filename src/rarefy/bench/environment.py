@@ -4,12 +4,13 @@ import hashlib
 import os
 import platform
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
+
+import rarefy
 
 __all__ = ["Environment", "environment"]
 
@@ -50,7 +51,7 @@ class Environment(BaseModel):
 def environment(*, threads: int, flush_denormal: bool) -> Environment:
     """The environment of this process, for runs with these settings."""
     return Environment(
-        rarefy=_version("rarefy"),
+        rarefy=rarefy.__version__,
         code=source_digest(),
         python=platform.python_version(),
         torch=torch.__version__,
@@ -73,13 +74,6 @@ def source_digest() -> str:
     for path in sorted(found for pattern in _DECISIVE for found in _PACKAGE.glob(pattern)):
         digest.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # run from a source tree that was not installed
-        return "source"
 
 
 @cache

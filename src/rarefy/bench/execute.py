@@ -81,7 +81,7 @@ class _Job:
 
 
 def _train(job: _Job, parent: Masks | None) -> Trained:
-    run, method = job.run, job.run.method
+    method = job.run.method
     if parent is not None:
         return _train_from_start(job, _given(job, parent))
     if isinstance(method, Driver):
@@ -99,7 +99,7 @@ def _train_from_start(job: _Job, method: Any) -> Trained:
 
 
 def _train_then_prune(job: _Job, method: Any) -> Trained:
-    """A one-shot method prunes a network that has been trained for a while; the rest of the same budget fine-tunes it."""
+    """A one-shot method prunes a network trained for a part of the steps; the others fine-tune it."""
     run = job.run
     training = job.training(job.model)
     first = round(run.task.prune_at * run.steps)
@@ -112,19 +112,18 @@ def _train_then_prune(job: _Job, method: Any) -> Trained:
 
 
 def _drive(job: _Job, driver: Any) -> Trained:
-    """A driver trains several times, and every time is paid for."""
-    phases: list[Phase] = []
+    """A driver trains several times; its ledger goes on from round to round, so every round is paid for."""
     seconds: list[float] = []
 
     def train(model: nn.Module, sparsity: Any) -> None:
         training = job.training(model)
+        training.done = sparsity.step
         sparsity.attach(training.optimizer, job.run.steps)
         training.advance(job.run.steps)
-        phases.append(job.phase(sparsity))
         seconds.append(training.seconds)
 
     sparsity = driver.run(job.model, train)
-    return Trained(job.model, sparsity, phases, tuple(driver.labels), sum(seconds))
+    return Trained(job.model, sparsity, [job.phase(sparsity)], tuple(driver.labels), sum(seconds))
 
 
 def _sparsify(job: _Job, method: Any, training: Training, steps: int) -> tuple[Any, float, float]:

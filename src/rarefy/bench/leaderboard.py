@@ -1,17 +1,18 @@
 """From results to tables that may be compared: rows over seeds, paired differences, and what they do not show.
 
-A table holds results of one setting only: the same task, images, versions, code, hardware and threads. A row states what
-a comparison stands on, its class labels, its site list, exact non-zeros, its FLOPs formula and its seeds, or is rejected.
+A table holds results of one setting only: the same task, images, versions, code, hardware and threads. A row states
+what a comparison stands on, its class labels, site list, exact non-zeros, FLOPs formula and seeds, or is rejected.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rarefy.bench.results import Control, Result
-from rarefy.bench.tasks import TASKS
+from rarefy.bench.results import CONTROLS, Control, Result
 from rarefy.bench.statistics import Difference, Interval, holm, interval, paired
+from rarefy.bench.tasks import TASKS
 
 __all__ = ["Comparison", "Row", "Table", "make_row", "make_tables"]
 
@@ -55,7 +56,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`better` over `worse` (the names of two rows), seed by seed. p_holm: of the t test, corrected for the whole table."""
+    """One row over another, seed by seed. p_holm: of the paired t test, corrected for all comparisons of the table."""
 
     better: tuple[str, Control]
     worse: tuple[str, Control]
@@ -65,7 +66,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows at one sparsity in one setting, best first, controls below their method. rejected: rows left out, and why."""
+    """Rows at one sparsity in one setting, best first, controls below their method. rejected: what was left out."""
 
     task: Mapping[str, Any]
     sparsity: float
@@ -158,7 +159,7 @@ def _table(results: Sequence[Result], sparsity: float) -> Table:
         task=_task(first),
         sparsity=sparsity,
         rows=tuple(_ordered(rows)),
-        comparisons=tuple(_comparisons(rows)),
+        comparisons=tuple(_comparisons(rows, resolution=100 / first.train.judged)),
         judged=first.train.judged,
         judge=first.run.judge,
         environment=first.environment.model_dump(),
@@ -178,24 +179,26 @@ def _same_footing(rows: list[Row]) -> tuple[list[Row], list[str]]:
 
 def _ordered(rows: list[Row]) -> list[Row]:
     """Best first; the controls of a method below it."""
-    plain = sorted((r for r in rows if r.is_plain), key=lambda r: -r.accuracy.mean)
-    names = list(dict.fromkeys([*(r.name for r in plain), *(r.name for r in rows)]))
-    by_name = {name: [r for r in rows if r.name == name and not r.is_plain] for name in names}
-    return [row for name in names for row in [*(r for r in plain if r.name == name), *by_name[name]]]
+    order = ("none", *CONTROLS)
+    best = {r.name: -r.accuracy.mean for r in rows if r.is_plain}
+    return sorted(rows, key=lambda r: (best.get(r.name, 0.0), r.name, order.index(r.control)))
 
 
-def _comparisons(rows: list[Row]) -> list[Comparison]:
-    """Everything against random masks; the best against dense; neighbours; every method against its own controls."""
-    plain = [r for r in _ordered(rows) if r.is_plain]
+def _comparisons(rows: list[Row], resolution: float) -> list[Comparison]:
+    """All against random masks; the best against dense; neighbours; all against small dense and their own controls."""
+    ordered = _ordered(rows)
+    plain = [r for r in ordered if r.is_plain]
     sparse = [r for r in plain if r.name != "dense"]
     random = [r for r in sparse if r.name == "random"]
     dense = [r for r in plain if r.name == "dense"]
     pairs = [(r, base) for base in random for r in sparse if r is not base]
     pairs += [(whole, sparse[0]) for whole in dense if sparse]
-    pairs += [(a, b) for a, b in zip(sparse, sparse[1:], strict=False) if not {a.name, b.name} & {"random"}]
-    pairs += [(a, b) for a in plain for b in rows if b.name == a.name and not b.is_plain]
+    pairs += [(a, b) for a, b in itertools.pairwise(sparse) if not {a.name, b.name} & {"random"}]
+    small = [r for r in ordered if r.control == "small_dense"]
+    pairs += [(r, b) for b in small for r in sparse]
+    pairs += [(a, b) for a in plain for b in ordered if b.name == a.name and not b.is_plain and b not in small]
     shared = [(a, b) for a, b in pairs if a.by_seed.keys() & b.by_seed.keys()]
-    differences = [paired(a.by_seed, b.by_seed) for a, b in shared]
+    differences = [paired(a.by_seed, b.by_seed, resolution) for a, b in shared]
     corrected = holm([d.p for d in differences])
     return [
         Comparison((a.name, a.control), (b.name, b.control), d, p)

@@ -1,8 +1,9 @@
-"""The networks of the tasks. Their first weights come from an explicit seed; global generators are left as they were."""
+"""The networks of the tasks. First weights come from an explicit generator; global ones are left as they were."""
 
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ __all__ = ["SmallResNet", "initialise", "mlp", "quiet"]
 def mlp(sizes: Sequence[int]) -> nn.Sequential:
     """Linear layers with ReLU between: (batch, ...) is flattened to (batch, sizes[0]) → (batch, sizes[-1])."""
     layers: dict[str, nn.Module] = {"flatten": nn.Flatten()}
-    for i, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:], strict=False), start=1):
+    for i, (fan_in, fan_out) in enumerate(pairwise(sizes), start=1):
         layers |= {f"fc{i}": nn.Linear(fan_in, fan_out), f"relu{i}": nn.ReLU()}
     layers.popitem()  # the last layer gives the logits
     return nn.Sequential(OrderedDict(layers))
@@ -37,7 +38,7 @@ class _Block(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """A residual network of 8 layers for (batch, 1, 28, 28): a strided stem, then blocks of `width`, 2 and 4 times it."""
+    """A residual network of 8 layers for (batch, 1, 28, 28): a strided stem, blocks of `width`, 2 and 4 times it."""
 
     def __init__(self, width: int = 16, classes: int = 10):
         super().__init__()
@@ -61,7 +62,7 @@ def quiet(make: Callable[[], nn.Module]) -> nn.Module:
 
 @torch.no_grad()
 def initialise(model: nn.Module, generator: torch.Generator) -> None:
-    """He et al. 2015, in place: weights from N(0, 2 / fan-in), drawn in float64 in the order of the modules; biases 0."""
+    """He et al. 2015, in place: weights from N(0, 2 / fan-in), drawn in float64 module by module; biases 0."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             weight = module.weight

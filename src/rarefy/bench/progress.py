@@ -6,13 +6,14 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from rarefy.bench.runner import Reporter
 from rarefy.bench.runs import Run
 
 __all__ = ["Bar", "bar"]
 
 
-class Bar:
-    """A reporter of `rarefy.bench.runner` that people watch."""
+class Bar(Reporter):
+    """What people watch."""
 
     def __init__(self, progress: Progress):
         self._progress = progress

@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing beside itself: accuracy against density and against training FLOPs, and the tables."""
+"""One HTML page that needs nothing beside itself: accuracy against density and training FLOPs, and the tables."""
 
 from collections.abc import Sequence
 from html import escape

@@ -45,7 +45,7 @@ class RunSection(Section):
 
 
 class Flops(Section):
-    """`formula` names the convention that `text` spells out; `inference` and `training` (all steps) have dense partners."""
+    """`formula` names the convention that `text` spells out. inference: of one image; training: of all steps."""
 
     formula: Text
     text: Text

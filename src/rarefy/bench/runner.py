@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
@@ -13,11 +12,11 @@ from rarefy.bench.results import Result
 from rarefy.bench.runs import Run
 from rarefy.bench.store import Store
 
-__all__ = ["Outcome", "Reporter", "Silent", "run_all", "settings"]
+__all__ = ["Outcome", "Reporter", "run_all", "settings"]
 
 
-class Reporter(Protocol):
-    """Who is told how a sweep goes on."""
+class Reporter:
+    """Is told how a sweep goes on, and keeps it to itself; `rarefy.bench.progress` shows it."""
 
     def plan(self, work: int) -> None:
         """So many batches are to come."""
@@ -30,22 +29,6 @@ class Reporter(Protocol):
 
     def note(self, text: str) -> None:
         """Something that a person should read."""
-
-
-class Silent:
-    """Tells nobody."""
-
-    def plan(self, work: int) -> None:
-        """Nothing."""
-
-    def start(self, run: Run) -> None:
-        """Nothing."""
-
-    def tick(self, batches: int) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
 
 
 @dataclass
@@ -62,7 +45,7 @@ def run_all(runs: list[Run], store: Store, reporter: Reporter | None = None) -> 
 
     Killed at any moment, every finished run stays; the next call makes the rest.
     """
-    reporter = reporter or Silent()
+    reporter = reporter or Reporter()
     outcome = Outcome()
     pending = store.pending(runs)
     _tell(store, reporter)

@@ -1,5 +1,6 @@
-"""What is to be run: a run is a task, a method, a sparsity, a seed and a control; a sweep is all runs of one comparison."""
+"""What is to be run: a run is a task, a method, a sparsity, a seed and a control; a sweep is a whole comparison."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -34,8 +35,10 @@ class Run:
     @property
     def work(self) -> int:
         """About how many batches the whole run takes, for the progress bar."""
-        rounds = getattr(self.method, "rounds", 1) if isinstance(self.method, Driver) else 1
-        return self.steps * int(rounds)
+        if not isinstance(self.method, Driver):
+            return self.steps
+        removed = getattr(self.method, "share", 0.2)  # of the weights that are left, in every round
+        return self.steps * (1 + math.ceil(math.log(1 - self.sparsity) / math.log(1 - removed)))
 
     @property
     def parent(self) -> "Run | None":

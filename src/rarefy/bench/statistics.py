@@ -61,8 +61,11 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(float(x.mean()), float(_quantile(len(x)) * x.std(ddof=1) / math.sqrt(len(x))), len(x))
 
 
-def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Difference:
+def paired(a: Mapping[int, float], b: Mapping[int, float], resolution: float = 0.0) -> Difference:
     """a − b over the seeds that both have. Raises ValueError where they share none.
+
+    resolution: the smallest step that a value can make. The interval reaches at least as far to either side: three
+    seeds that happen to differ by one image each must not pass for certainty.
 
     >>> paired({0: 3.0, 1: 4.0, 2: 5.0}, {0: 2.0, 1: 2.5, 2: 4.0}).resolved
     True
@@ -74,8 +77,9 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Difference:
     mean, count = float(x.mean()), len(x)
     if count == 1:
         return Difference(mean, math.nan, math.nan, 1.0, 1)
-    error = float(x.std(ddof=1)) / math.sqrt(count)
-    half = _quantile(count) * error
+    quantile = _quantile(count)
+    error = max(float(x.std(ddof=1)) / math.sqrt(count), resolution * (1 + 1e-9) / quantile)
+    half = quantile * error
     return Difference(mean, mean - half, mean + half, _p_value(mean, error, count), count)
 
 

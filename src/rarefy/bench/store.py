@@ -16,7 +16,7 @@ __all__ = ["Store"]
 
 @dataclass
 class Store:
-    """Results of runs on `data` in `environment`, in `folder`. problems: files that should have been results, and why not."""
+    """Results in `folder` of runs on `data` in `environment`. problems: files that should be results, and why not."""
 
     folder: Path
     data: Data
@@ -28,7 +28,7 @@ class Store:
         return self.folder / f"{run.stem(self.data, self.environment)}.json"
 
     def find(self, run: Run) -> Result | None:
-        """The result, if its file is there, whole and of this very run; what is wrong with it is noted in `problems`."""
+        """The result, if its file is there, whole and of this very run; what is wrong goes into `problems`."""
         path = self.path(run)
         if not path.exists():
             return None
@@ -59,7 +59,7 @@ class Store:
         result.write(self.path(run))
 
     def pending(self, runs: list[Run]) -> list[Run]:
-        """The runs to make, in order. A run that is done counts as pending while a control still needs its lost masks."""
+        """The runs to make, in order; one that is done too, if a control needs its masks and they are lost."""
         todo = {run for run in runs if self.find(run) is None}
         parents = {run.parent for run in todo if run.parent is not None}
         lost = {parent for parent in parents - todo if self.masks(parent) is None}

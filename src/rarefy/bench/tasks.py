@@ -24,11 +24,11 @@ Count = Annotated[int, Field(ge=1)]
 
 @value
 class Task(Value):
-    """SGD with momentum and weight decay, learning rate on a half cosine from `rate` to 0, accuracy after the last step.
+    """SGD with momentum and weight decay, rate on a half cosine from `rate` to 0, accuracy after the last step.
 
-    every: optimizer steps between two changes of a dynamic mask. judge: "validation" holds a fifth of the training images
-    out and never looks at the test images: for choosing settings. prune_at: the share of the steps after which a one-shot
-    method prunes the trained network; the other steps fine-tune it.
+    every: optimizer steps between two changes of a dynamic mask.
+    prune_at: share of the steps after which a one-shot method prunes the network; the other steps fine-tune it.
+    judge: "validation" holds a fifth of the training images out, and the test images are not looked at.
     """
 
     steps: Count
@@ -120,6 +120,6 @@ def parse_task(name: str, *, steps: int | None = None, judge: str = "test") -> T
     """
     if name not in TASKS:
         raise ValueError(f"no task is named {name!r}; there are {', '.join(TASKS)}")
-    task = TASKS[name]()
+    task: Task = TASKS[name]()  # pyright: ignore[reportCallIssue]  the tasks have defaults
     changes = {"steps": steps} if steps is not None else {}
     return dataclasses.replace(task, judge=judge, **changes)

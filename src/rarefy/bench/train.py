@@ -29,9 +29,9 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def batches(split: Split, size: int, seed: int) -> Iterator[Batch]:
-    """Batches without end: a new order in every epoch, the incomplete last batch left out. Raises ValueError if size > data.
+    """Batches without end: a new order in every epoch, the incomplete last batch left out.
 
-    One seed gives all methods the same images in the same order.
+    One seed gives all methods the same images in the same order. Raises ValueError for a size above the data's.
     """
     if size > len(split):
         raise ValueError(f"a batch of {size} needs as many training images; there are {len(split)}")
@@ -86,7 +86,7 @@ class Training:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, split: Split) -> float:
-    """Percent of images whose label is the largest output; the model is in evaluation mode for it and then as before."""
+    """Percent of images whose label has the largest output, in evaluation mode; the mode is then as before."""
     mode = model.training
     model.eval()
     right = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(*_chunks(split), strict=True))

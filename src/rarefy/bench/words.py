@@ -4,10 +4,16 @@ from collections.abc import Iterable
 
 from rarefy.bench.leaderboard import Comparison, Row, Table
 from rarefy.bench.lineup import title
-from rarefy.bench.results import Control
 
 __all__ = ["heading", "row_title", "sentences"]
 
+_ITS_CONTROL = {
+    "none": "",
+    "shuffled": "its mask shuffled in layer",
+    "reinitialised": "its mask with other first weights",
+    "extended": "itself trained twice as long",
+    "small_dense": "a small dense network",
+}
 _CONTROL = {
     "shuffled": "shuffled in layer",
     "reinitialised": "other first weights",
@@ -41,52 +47,65 @@ def grouped(number: int) -> str:
 
 def sentences(table: Table) -> list[str]:
     """Resolved and unresolved differences, the correction for making many, and what the intervals leave out."""
-    said = [*_differences(table.comparisons), *_correction(table.comparisons), _images(table)]
+    said = [*_over_random(table), *_others(table), *_correction(table), _images(table)]
     return [*said, *_footing(table), *table.rejected]
 
 
-def _differences(comparisons: Iterable[Comparison]) -> list[str]:
-    shown, hidden = [], []
-    for c in comparisons:
-        (shown if c.difference.resolved else hidden).append(f"{_pair(c)} {c.difference}")
-    said = (
-        [f"Resolved, by the 95 % interval of differences seed by seed (points): {'; '.join(shown)}."] if shown else []
-    )
-    return said + ([f"Not resolved: {'; '.join(hidden)}."] if hidden else [])
+def _over_random(table: Table) -> Iterable[str]:
+    found = [c for c in table.comparisons if c.worse == ("random", "none")]
+    shown = [f"{_name(c)} {c.difference}" for c in found if c.difference.resolved]
+    hidden = [f"{_name(c)} {c.difference}" for c in found if not c.difference.resolved]
+    if shown:
+        yield f"Over {title('random')}, in points, seed by seed, with 95 % interval: {'; '.join(shown)}."
+    if hidden:
+        yield f"Not resolved by {_seeds(table)} over {title('random')}: {'; '.join(hidden)}."
+
+
+def _others(table: Table) -> Iterable[str]:
+    """Neighbours in the table and the best against dense; then methods against their controls."""
+    for control, lead in ((False, "In the table"), (True, "Against controls")):
+        found = [c for c in table.comparisons if c.worse != ("random", "none") and (c.worse[1] != "none") == control]
+        shown = [f"{_pair(c)} {c.difference}" for c in found if c.difference.resolved]
+        hidden = [_pair(c) for c in found if not c.difference.resolved]
+        if shown:
+            yield f"{lead}: {'; '.join(shown)}."
+        if hidden:
+            yield f"{lead}, not resolved by {_seeds(table)}: {'; '.join(hidden)}."
 
 
 def _pair(c: Comparison) -> str:
-    (a, control_a), (b, control_b) = c.better, c.worse
-    if c.difference.mean < 0:
-        return f"{_name(a, control_a)} against {_name(b, control_b)}"
-    return f"{_name(a, control_a)} over {_name(b, control_b)}"
+    worse, control = c.worse
+    return f"{_name(c)} over {_ITS_CONTROL[control] or title(worse)}"
 
 
-def _name(name: str, control: Control) -> str:
-    if control == "small_dense":
-        return _CONTROL[control]
-    return title(name) if control == "none" else f"{title(name)}, {_CONTROL[control]}"
+def _name(c: Comparison) -> str:
+    return title(c.better[0])
 
 
-def _correction(comparisons: tuple[Comparison, ...]) -> list[str]:
-    alone = [c for c in comparisons if c.difference.resolved]
-    if len(comparisons) < 2 or not alone:
-        return []
+def _row_name(row: Row) -> str:
+    if row.control == "small_dense":
+        return _CONTROL[row.control]
+    return title(row.name) if row.is_plain else f"{title(row.name)}, {_CONTROL[row.control]},"
+
+
+def _correction(table: Table) -> Iterable[str]:
+    alone = [c for c in table.comparisons if c.difference.resolved]
+    if len(table.comparisons) < 2 or not alone:
+        return
     stay = [_pair(c) for c in alone if c.p_holm < 0.05]
-    kept = "all of them stay" if len(stay) == len(alone) else f"these stay: {'; '.join(stay)}" if stay else "none stays"
-    chance = 0.05 * len(comparisons)
-    return [
-        f"{len(comparisons)} comparisons were made; were nothing different, some {chance:.1g} would look resolved by "
-        f"chance. Corrected for that (Holm), {kept}."
-    ]
+    kept = f"these stay resolved: {'; '.join(stay)}" if stay else "none of them stays resolved"
+    yield (
+        f"These are {len(table.comparisons)} comparisons, and {0.05 * len(table.comparisons):.1f} would look resolved "
+        f"if nothing differed. Corrected for that (Holm), {'all stay resolved' if len(stay) == len(alone) else kept}."
+    )
 
 
 def _images(table: Table) -> str:
     which = "test" if table.judge == "test" else "held-out"
     few = " One seed has no interval: give --seeds 5." if any(r.accuracy.half is None for r in table.rows) else ""
     return (
-        f"Intervals are over seeds, on the same {grouped(table.judged)} {which} images; one image is "
-        f"{100 / table.judged:.2g} points, and other images would move all rows.{few}"
+        f"Intervals are over seeds, on the same {grouped(table.judged)} {which} images, which other images would move; "
+        f"those of differences reach at least one image ({100 / table.judged:.2g} points) to either side.{few}"
     )
 
 
@@ -96,11 +115,11 @@ def _footing(table: Table) -> Iterable[str]:
         if budget is None or row.control == "small_dense" or row.name == "dense":
             continue
         if any(abs(n - budget.nonzeros[0]) > 0.01 * budget.nonzeros[0] for n in row.nonzeros):
-            yield f"{_name(row.name, row.control)} keeps {_range(row.nonzeros)} weights: not the same budget."
+            yield f"{_row_name(row)} keeps {_range(row.nonzeros)} weights: not the same budget."
     seeds = {seed for row in table.rows for seed in row.by_seed}
     for row in table.rows:
         if lacking := sorted(seeds - row.by_seed.keys()):
-            yield f"{_name(row.name, row.control)} lacks seed {', '.join(map(str, lacking))}."
+            yield f"{_row_name(row)} lacks seed {', '.join(map(str, lacking))}."
 
 
 def _range(numbers: tuple[int, ...]) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
 _CHUNK = 1 << 20  # entries widened at a time: bounds the scratch at 4 MiB for float32
 
 
@@ -22,7 +23,7 @@ def encode(mask: Tensor, like: Tensor) -> Tensor:
 
 def decode(keep: Tensor) -> Tensor:
     """The boolean mask of a byte mask: a fresh contiguous tensor."""
-    return keep.ne(0).contiguous()
+    return differ(keep.contiguous(), torch.zeros((), dtype=torch.int8, device=keep.device))
 
 
 def clear_(tensor: Tensor, keep: Tensor) -> None:
@@ -63,6 +64,9 @@ def unpack(packed: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
             f"a mask of shape {tuple(shape)} packs into {(numel + 7) // 8} bytes of uint8; "
             f"got {packed.numel()} entries of {packed.dtype}. The file is damaged or belongs to another model."
         )
+    if packed.device.type == "cpu":
+        flat = np.unpackbits(packed.numpy(), count=numel, bitorder="little")
+        return torch.from_numpy(flat.view(np.bool_)).reshape(shape)
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     return ((packed[:, None] >> shifts) & 1).view(-1)[:numel].bool().reshape(shape)
 
@@ -72,8 +76,13 @@ def count(mask: Tensor) -> int:
     return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(mask.sum())
 
 
+def count_packed(packed: Tensor) -> int:
+    """True entries of a packed mask."""
+    return int(_ONES[packed.cpu().numpy()].sum(dtype=np.int64))
+
+
 def differ(a: Tensor, b: Tensor) -> Tensor:
-    """Where two byte masks differ, as a boolean tensor."""
+    """Where two masks (bytes or booleans) differ, as a boolean tensor."""
     if a.device.type == "cpu":  # torch's comparison is not vectorised where its result is boolean
-        return torch.from_numpy(np.not_equal(a.numpy(), b.numpy()))
+        return torch.from_numpy(np.asarray(np.not_equal(a.numpy(), b.numpy())))
     return a.ne(b)

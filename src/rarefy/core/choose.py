@@ -54,7 +54,7 @@ def project(
     units = {site: pooled(site, scores[site], how) for site in sites}
     ranked = units if nested is None else {site: _masked_last(site, units[site], nested[site]) for site in sites}
     counts = allocate(sites, allocation, sparsity, ranked if _only_ranks(allocation) else units)
-    return {s: fill(s, torch.zeros_like(ranked[s], dtype=torch.bool), ranked[s], counts[s]) for s in sites}
+    return {site: fill(site, None, ranked[site], counts[site]) for site in sites}
 
 
 def _only_ranks(allocation: Allocation) -> bool:
@@ -62,7 +62,7 @@ def _only_ranks(allocation: Allocation) -> bool:
     return isinstance(getattr(allocation, "allocation", allocation), Global)
 
 
-def fill(site: Site, keep: Tensor, units: Tensor, count: int) -> Tensor:
+def fill(site: Site, keep: Tensor | None, units: Tensor, count: int) -> Tensor:
     """The mask, in the weight's shape, that keeps the units `keep` and the best others up to `count` in all."""
     chosen = site.pattern.fill(keep, units, count, site.pattern_shape)
     return site.restore(site.pattern.spread(chosen, site.pattern_shape))

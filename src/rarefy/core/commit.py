@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.core import bits
-from rarefy.core.held import Held, local, shard
+from rarefy.core.held import Everywhere, Held, local, shard
 from rarefy.core.optimizers import owner, reset_state
 from rarefy.core.sites import Site
 
 if TYPE_CHECKING:
     import rarefy.core.sparsity
 
-Staged = tuple[Tensor, Tensor | None]
+Staged = tuple[Tensor, Tensor | Everywhere | None]
 """A mask, and where gradients reach the optimizer (None: where the mask is true)."""
 
 
@@ -31,11 +31,13 @@ def commit(s: rarefy.core.sparsity.Sparsity, staged: Mapping[int, Staged]) -> No
     s.ledger.record(s.ledger.steps, kept, [_trained(site, kept[site.index]) for site in s.sites], 0 if first else flips)
 
 
-def _apply(s: rarefy.core.sparsity.Sparsity, site: Site, mask: Tensor, trainable: Tensor | None) -> int:
+def _apply(
+    s: rarefy.core.sparsity.Sparsity, site: Site, mask: Tensor, trainable: Tensor | Everywhere | None
+) -> int:
     held = site.held
-    flips = bits.count(site.mask ^ mask)
+    flips = bits.count(bits.differ(site.mask, mask))
     before = held.train
-    held.set(mask, mask if trainable is None else trainable)
+    held.set(mask, trainable)
     _move_state(s, held, before)
     if site.master is not None:
         with torch.no_grad():
@@ -53,7 +55,7 @@ def _apply(s: rarefy.core.sparsity.Sparsity, site: Site, mask: Tensor, trainable
 def follow(site: Site, follower: Held, mask: Tensor) -> None:
     """A follower is kept where its output channel keeps any weight."""
     rows = site.canonical(mask).flatten(1).any(dim=1)
-    follower.set(rows, rows)
+    follower.set(rows)
 
 
 def _clear(held: Held) -> None:
@@ -84,7 +86,7 @@ def _explore(s: rarefy.core.sparsity.Sparsity, site: Site, mask: Tensor) -> None
     packed = bits.pack(mask)
     site.explored = packed if site.explored is None else site.explored | packed
     counts = s.ledger.explored_counts or [0] * len(s.sites)
-    counts[site.index] = bits.count(bits.unpack(site.explored, mask.shape))
+    counts[site.index] = bits.count_packed(site.explored)
     s.ledger.explored_counts = counts
 
 
@@ -118,7 +120,7 @@ def _rebind_site(site: Site, parameters: Mapping[str, nn.Parameter]) -> None:
     mask, trainable, master = site.mask, site.trainable, site.weight
     same = site.held.train is site.held.keep
     site.held.parameter = parameters[site.name]
-    site.held.set(mask, mask if same else trainable)
+    site.held.set(mask, None if same else trainable)
     if site.master is not None:
         site.master = shard(master, site.parameter).clone()
     for follower in site.followers:

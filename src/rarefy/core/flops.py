@@ -1,15 +1,27 @@
-"""Dense forward FLOPs of each weight, measured by running one example: 2 per multiply-accumulate, per sample."""
+"""Dense forward FLOPs of each weight, measured by running one example: 2 per multiply-accumulate, per sample.
+
+Two counts are taken and the larger one holds: at the calls of Linear and convolution modules (which sees through casts
+and sharding), and at the matrix products and convolutions themselves (which sees attention projections and heads that
+use a weight without calling its module).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rarefy.core.undisturbed import undisturbed
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default}
 
 
 def call(model: Callable[..., Any], batch: Any) -> Any:
@@ -22,47 +34,86 @@ def call(model: Callable[..., Any], batch: Any) -> Any:
 
 
 def measure(model: nn.Module, example: Any) -> dict[str, float]:
-    """FLOPs of one forward sample per weight of Linear and convolution, by parameter name (tied weights add up).
+    """FLOPs of one forward sample per weight that is multiplied with, by parameter name (tied weights add up).
 
     example: one batch as the model takes it; its first axis counts samples. The model runs once in evaluation mode and
-    is left as it was. Raises ValueError for an example without tensors.
+    is left as it was; model and example may be on the meta device. Weights of layers that look up (embeddings) or that
+    the example does not reach are not listed. Raises ValueError for an example without tensors.
 
     >>> measure(nn.Linear(3, 5), torch.zeros(2, 3))
     {'weight': 30.0}
     """
     samples = _samples(example)
     names = {id(p): name for name, p in model.named_parameters()}
-    found: dict[str, float] = {}
-    handles: list[Any] = []
+    by_module: Counter[str] = Counter()
 
     def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         weight = module._parameters.get("weight")
-        if weight is None or not isinstance(output, Tensor):
-            return
-        name = names[id(weight)]
-        found[name] = found.get(name, 0.0) + 2.0 * weight.numel() * _positions(module, args[0], output) / samples
+        if weight is not None and args and isinstance(output, Tensor):
+            by_module[names[id(weight)]] += 2 * weight.numel() * _positions(module, args[0], output)
 
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, *_CONV, *_TRANSPOSED)):
-            handles.append(module.register_forward_hook(count))
-    modes = {module: module.training for module in model.modules()}
+    kinds = (nn.Linear, *_CONV, *_TRANSPOSED)
+    handles = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, kinds)]
+    by_product = _Products(model)
     try:
-        model.eval()
-        with torch.no_grad():
+        with undisturbed(model), torch.no_grad(), _no_fused_attention(), by_product:
+            model.eval()
             call(model, example)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    return found
+    found = by_module | by_product.found  # the larger of both
+    return {name: found[name] / samples for name in names.values() if name in found}
 
 
-def _positions(module: nn.Module, given: Tensor, output: Tensor) -> float:
+def _positions(module: nn.Module, given: Tensor, output: Tensor) -> int:
     """How often each weight is used: output positions, for transposed convolutions input positions."""
     if isinstance(module, _TRANSPOSED):
-        return given.numel() / module.in_channels
-    return output.numel() / (module.out_channels if isinstance(module, _CONV) else output.shape[-1])
+        return given.numel() // module.in_channels
+    return output.numel() // (module.out_channels if isinstance(module, _CONV) else output.shape[-1])
+
+
+class _Products(TorchDispatchMode):
+    """Counts products with weights, which are known by their storage: a transposed or cut weight is still the same."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+        plain = [(name, p) for name, p in model.named_parameters() if type(p) is nn.Parameter]
+        shared = Counter(_storage(p) for _, p in plain)
+        self._names = {_storage(p): name for name, p in plain if shared[_storage(p)] == 1}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in _PRODUCTS:
+            left, right = args[-2:]
+            self._note((left, right), 2 * left.numel() * right.shape[-1])
+        elif func is _aten.convolution.default:
+            given, weight, transposed = args[0], args[1], args[6]
+            positions = given.numel() // given.shape[1] if transposed else output.numel() // output.shape[1]
+            self._note((weight,), 2 * weight.numel() * positions)
+        return output
+
+    def _note(self, factors: tuple[Any, ...], flops: int) -> None:
+        plain = (t for t in factors if type(t) in (Tensor, nn.Parameter))
+        name = next((n for t in plain if (n := self._names.get(_storage(t))) is not None), None)
+        if name is not None:
+            self.found[name] += flops
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+@contextmanager
+def _no_fused_attention() -> Iterator[None]:
+    """torch's attention has a fused path in evaluation mode, inside which no product can be seen."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _samples(example: Any) -> int:

@@ -1,17 +1,21 @@
-"""Followers: the bias and the norm scale and shift that belong to an output channel, masked with it, outside the counts.
+"""Followers: the bias and the norm scale and shift that belong to an output channel, masked with it, not counted.
 
-With them at zero a masked channel gives exactly zero after its norm, so that it can be removed later. The norm of a layer
-is the one that consumes its output directly. It is read off a symbolic trace; where a model cannot be traced, off the
-order of definition (a norm of the right width that stands right behind its layer in the same container).
+With them at zero a masked channel gives exactly zero after its norm, so that it can be removed later. The norm of a
+layer is the one that consumes its output directly, and no other site's. It is read off a symbolic trace; where a model
+cannot be traced, off the order of definition (a norm of the right width that stands right behind its layer in the same
+container).
 """
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 
 from torch import fx, nn
 
+from rarefy.core.gradients import undisturbed
 from rarefy.core.held import Held
 from rarefy.core.sites import Site
 
@@ -28,27 +32,30 @@ _NORMS = (
 
 
 def find_followers(model: nn.Module, sites: Sequence[Site]) -> None:
-    """Fill `site.followers` for every site: bias, and scale and shift of the norm behind it."""
+    """Fill `site.followers` for every site: bias, and scale and shift of the norm behind it.
+
+    A parameter that would follow several sites (a norm shared by two layers) follows none: it has no one mask.
+    """
     norms = _norms_behind(model)
     names = {id(p): name for name, p in model.named_parameters()}
-    for site in sites:
-        modules = [site.module, *norms.get(id(site.module), [])]
-        found = [m.get_parameter(short) for m in modules for short in ("weight", "bias") if _has(m, short)]
-        site.followers = [
-            Held(names[id(p)], p) for p in found if p is not site.parameter and tuple(p.shape) == (site.shape[0],)
-        ]
+    found = [_vectors(site, [site.module, *norms.get(id(site.module), [])]) for site in sites]
+    claims = Counter(key for vectors in found for key in vectors)
+    for site, vectors in zip(sites, found, strict=True):
+        site.followers = [Held(names[key], p) for key, p in vectors.items() if claims[key] == 1]
 
 
-def _has(module: nn.Module, short: str) -> bool:
-    return isinstance(module._parameters.get(short), nn.Parameter)
+def _vectors(site: Site, modules: Sequence[nn.Module]) -> dict[int, nn.Parameter]:
+    """By identity, once each: what the modules hold per output channel of the site."""
+    held = [p for m in modules for short in ("weight", "bias") if (p := m._parameters.get(short)) is not None]
+    return {id(p): p for p in held if p is not site.parameter and tuple(p.shape) == (site.shape[0],)}
 
 
 def _norms_behind(model: nn.Module) -> dict[int, list[nn.Module]]:
     try:
-        with warnings.catch_warnings():
+        with undisturbed(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph = _Tracer().trace(model)
-    except Exception:  # tracing runs the model's own forward: whatever it raises means "cannot be traced"
+    except Exception:  # noqa: BLE001  tracing runs the model's own forward: whatever it raises says "cannot be traced"
         return _by_order(model)
     modules = dict(model.named_modules())
     found: dict[int, list[nn.Module]] = {}
@@ -70,7 +77,7 @@ def _by_order(model: nn.Module) -> dict[int, list[nn.Module]]:
     found: dict[int, list[nn.Module]] = {}
     for parent in model.modules():
         children = list(parent.children())
-        for layer, norm in zip(children, children[1:], strict=False):
+        for layer, norm in itertools.pairwise(children):
             if isinstance(norm, _NORMS):
                 found.setdefault(id(layer), []).append(norm)
     return found

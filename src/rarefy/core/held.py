@@ -11,13 +11,16 @@ applied to the one set aside.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from rarefy.core import bits
+
+
+Everywhere = Literal["everywhere"]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -66,38 +69,40 @@ class Held:
 
     # -- masks ---------------------------------------------------------------------------------------------------
 
-    def set(self, keep: Tensor, train: Tensor | None) -> None:
-        """Adopt whole boolean masks; all-true masks are dropped, since holding nothing costs nothing."""
-        like = local(self.parameter)
-        same = train is keep
-        self.keep = None if bool(keep.all()) else bits.encode(shard(keep, self.parameter), like)
-        if same or train is None:
-            self.train = self.keep if same else None
+    def set(self, keep: Tensor, train: Tensor | Everywhere | None = None) -> None:
+        """Adopt whole boolean masks; all-true masks are dropped, since holding nothing costs nothing.
+
+        train: None for the same as `keep`.
+        """
+        self.keep = self._bytes(keep)
+        if isinstance(train, str):
+            self.train = None
         else:
-            self.train = None if bool(train.all()) else bits.encode(shard(train, self.parameter), like)
+            self.train = self.keep if train is None or train is keep else self._bytes(train)
         self._weight = self._split = None
+
+    def _bytes(self, mask: Tensor) -> Tensor | None:
+        if bits.count(mask) == mask.numel():
+            return None
+        return bits.encode(shard(mask, self.parameter), local(self.parameter))
 
     # -- weights -------------------------------------------------------------------------------------------------
 
     def clear_weight(self) -> None:
         """+0.0 wherever the mask is false."""
         if self.keep is not None:
-            with torch.no_grad():
-                bits.clear_(local(self.parameter), self.keep)
+            bits.clear_(local(self.parameter), self.keep)
         self.seen_weight()
 
     def seen_weight(self) -> None:
         """Remember the weight as known to be clear."""
-        self._weight = (self.parameter.data_ptr(), self.parameter._version) if self._plain else None
+        p = self.parameter
+        self._weight = None if isinstance(p, DTensor) else (p.data_ptr(), p._version)
 
     @property
     def weight_untouched(self) -> bool:
         """Whether nothing wrote to the weight since our last look."""
-        return self._weight == (self.parameter.data_ptr(), self.parameter._version) if self._plain else False
-
-    @property
-    def _plain(self) -> bool:
-        return not isinstance(self.parameter, DTensor)
+        return self._weight is not None and self._weight == (self.parameter.data_ptr(), self.parameter._version)
 
     # -- gradients -----------------------------------------------------------------------------------------------
 
@@ -116,21 +121,21 @@ class Held:
         self._dense = self._split = None
 
     def _accumulated(self, parameter: Tensor) -> None:
-        grad = parameter.grad
-        if grad is None:
+        if self.train is None and not self.wants_dense:
             return
+        grad = parameter.grad
+        assert grad is not None
         if self.wants_dense:
             self._restore(grad)
             engine = torch.autograd.Variable._execution_engine
             # Twice: replicas queue their reduction while the pass runs, so the second callback comes after it.
             engine.queue_callback(lambda: engine.queue_callback(self._set_aside))
-        elif self.train is not None:
+        else:
             self._clear(grad)
 
     def _clear(self, grad: Tensor) -> None:
-        with torch.no_grad():
-            if self.train is not None:
-                bits.clear_(local(grad), self.train)
+        if self.train is not None:
+            bits.clear_(local(grad), self.train)
         self._split = (id(grad), grad._version)
 
     def _restore(self, grad: Tensor) -> None:

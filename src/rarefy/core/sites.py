@@ -26,7 +26,7 @@ _DEFAULT = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_CONV_TRANSPOSED)
 
 @dataclass(eq=False)
 class Site:
-    """One weight tensor that may be sparse. `name` is its first name in `model.state_dict()`; tied weights are one site.
+    """A weight tensor that may be sparse. `name` is its first name in `model.state_dict()`; tied weights make one site.
 
     `memory` belongs to the method: tensors and JSON values only, saved with the handle.
     """
@@ -121,15 +121,20 @@ def find_sites(
     By default: weights of Linear, Conv1d–3d and ConvTranspose1d–3d. `only` chooses among all tensors with two or more
     axes (embeddings and attention projections too); `skip` leaves some out. Raises ValueError when a selector matches
     nothing or nothing is left, and for weights that are computed from other parameters.
+
+    >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    >>> [site.name for site in find_sites(model, skip="2")]
+    ['1.weight']
+    >>> [site.name for site in find_sites(model, only=[nn.Embedding, "2"])]
+    ['0.weight', '2.weight']
     """
+    wanted, unwanted = _listed(only), _listed(skip)
     candidates = _candidates(model)
-    chosen = candidates if only is None else _matching(candidates, _listed(only), "only")
-    if only is None:
-        chosen = [c for c in candidates if any(isinstance(m, _DEFAULT) for _, m in c.owners)]
+    chosen = [c for c in candidates if c.default] if only is None else _matching(candidates, wanted, "only")
     if skip is not None:
-        left_out = {id(c) for c in _matching(candidates, _listed(skip), "skip")}
+        left_out = {id(c) for c in _matching(candidates, unwanted, "skip")}
         chosen = [c for c in chosen if id(c) not in left_out]
-    _refuse_computed(model, only, skip)
+    _refuse_computed(model, None if only is None else wanted, unwanted)
     if not chosen:
         raise ValueError(
             f"no site: {type(model).__name__} has {len(candidates)} weight tensors with two or more axes"
@@ -154,19 +159,28 @@ class _Candidate:
     parameter: nn.Parameter
     owners: list[tuple[str, nn.Module]]  # (full parameter name, module): several for tied weights
 
+    @property
+    def default(self) -> bool:
+        return any(_is_default(name, module) for name, module in self.owners)
+
     def matches(self, selector: Selector) -> bool:
         return any(_matches(selector, name, module) for name, module in self.owners)
 
     def site(self, index: int) -> Site:
-        module = next((m for _, m in self.owners if isinstance(m, _DEFAULT)), self.owners[0][1])
+        module = next((m for name, m in self.owners if _is_default(name, m)), self.owners[0][1])
         transposed = isinstance(module, _CONV_TRANSPOSED)
         layout = Layout(transposed=transposed, groups=int(getattr(module, "groups", 1)) if transposed else 1)
         return Site(self.name, module, Held(self.name, self.parameter), layout, index)
 
 
+def _is_default(name: str, module: nn.Module) -> bool:
+    """A layer's own weight; matrices that a subclass adds (adapters) are not meant unless named."""
+    return isinstance(module, _DEFAULT) and name.rpartition(".")[2] == "weight"
+
+
 def _candidates(model: nn.Module) -> list[_Candidate]:
     found: dict[int, _Candidate] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in model.named_modules(remove_duplicate=False):  # a shared module goes by all its names
         for short, parameter in module.named_parameters(recurse=False):
             name = f"{prefix}.{short}" if prefix else short
             if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -176,7 +190,9 @@ def _candidates(model: nn.Module) -> list[_Candidate]:
     return list(found.values())
 
 
-def _listed(selectors: Selector | Iterable[Selector]) -> list[Selector]:
+def _listed(selectors: Selector | Iterable[Selector] | None) -> list[Selector]:
+    if selectors is None:
+        return []
     if isinstance(selectors, str | type) or callable(selectors):
         return [selectors]
     return list(selectors)
@@ -214,19 +230,19 @@ def _list(names: Iterable[str]) -> str:
     return f" ({', '.join(shown[:8])}{', …' if len(shown) > 8 else ''})" if shown else ""
 
 
-def _refuse_computed(model: nn.Module, only: Any, skip: Any) -> None:
+def _refuse_computed(model: nn.Module, only: list[Selector] | None, skip: list[Selector]) -> None:
     """A default layer whose `weight` is no parameter (weight norm, parametrize, torch's prune) cannot hold zeros."""
     for name, module in model.named_modules():
         if not isinstance(module, _DEFAULT) or "weight" in module._parameters:
             continue
         full_name = f"{name}.weight" if name else "weight"
-        if only is not None and not any(_matches(s, full_name, module) for s in _listed(only)):
+        if only is not None and not any(_matches(s, full_name, module) for s in only):
             continue
-        if skip is not None and any(_matches(s, full_name, module) for s in _listed(skip)):
+        if any(_matches(s, full_name, module) for s in skip):
             continue
         raise ValueError(
-            f"{full_name!r} is computed from other parameters (weight norm, a parametrization or torch.nn.utils.prune), "
-            f"so zeros cannot be held in it: remove that first, or skip={name!r}."
+            f"{full_name!r} is computed from other parameters (weight norm, a parametrization, torch.nn.utils.prune), so "
+            f"zeros cannot be held in it: remove that first, or skip={name!r}."
         )
 
 

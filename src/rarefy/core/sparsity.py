@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,13 @@ from torch.optim import Optimizer
 from rarefy.axes import Allocation, Interval, resolve
 from rarefy.core import choose, state
 from rarefy.core.commit import Staged, commit, rebind, reset_masked_state
-from rarefy.core.held import Held
+from rarefy.core.held import Everywhere, Held
 from rarefy.core.ledger import Ledger
 from rarefy.core.method import Method
 from rarefy.core.optimizers import as_sequence, learning_rate, refuse_unfit
 from rarefy.core.sites import Site, site_hash
 from rarefy.core.watch import Watch
 
-Everywhere = Literal["everywhere"]
 _live: weakref.WeakSet[Sparsity] = weakref.WeakSet()
 
 
@@ -162,10 +161,8 @@ class Sparsity:
 
         mask: boolean, in the parameter's shape. trainable: where gradients reach the optimizer (default: the mask).
         """
-        if isinstance(trainable, str):
-            trainable = torch.ones_like(mask)
         for tensor in (mask, trainable):
-            if tensor is not None and (tensor.dtype != torch.bool or tensor.shape != site.parameter.shape):
+            if isinstance(tensor, Tensor) and (tensor.dtype != torch.bool or tensor.shape != site.parameter.shape):
                 raise ValueError(
                     f"mask of {site.name!r}: expected bool of shape {tuple(site.parameter.shape)}, "
                     f"got {tensor.dtype} of {tuple(tensor.shape)}"

@@ -74,7 +74,7 @@ def load(s: rarefy.core.sparsity.Sparsity, saved: Mapping[str, Any]) -> None:
 def _load_site(site: Site, saved: Mapping[str, Any], mask: Tensor, trainable: Tensor | None) -> None:
     device = site.parameter.device
     mask = mask.to(device)
-    site.held.set(mask, mask if trainable is None else trainable.to(device))
+    site.held.set(mask, None if trainable is None else trainable.to(device))
     for follower in site.followers:
         follow(site, follower, mask)
     site.asked = saved["asked"]

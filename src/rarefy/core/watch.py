@@ -36,6 +36,8 @@ class Watch:
         self._of = {id(o): _Share(o, self._sites_of(o)) for o in optimizers}
         self._stepped: set[int] = set()
         self._acts = type(handle.method).on_gradients is not Method.on_gradients
+        self._moves = type(handle.method).on_weights is not Method.on_weights
+        self._wanted = False
         self._hooks: list[Any] = []
         for held in handle.held():
             held.attach()
@@ -98,7 +100,8 @@ class Watch:
     def _gradients_final(self, share: _Share, *, deciding: bool) -> None:
         handle = self.handle
         for held in share.held:
-            held.finalize()
+            if held.train is not None or held.wants_dense:
+                held.finalize()
         if self._acts or share.wants_dense:
             share.unscale()
         if self._acts:
@@ -131,27 +134,34 @@ class Watch:
     def _complete(self) -> None:
         handle = self.handle
         self._stepped.clear()
-        if handle.sites and handle.sites[0].held.wants_dense:
+        if self._wanted:
             handle.ledger.dense_steps.append(handle.ledger.steps)
         handle.step += 1
         handle.ledger.steps += 1
+        if self._moves:
+            self._weights_moved()
+        for share in self._of.values():
+            for held in share.held:
+                held.forget()
+        self._announce()
+
+    def _weights_moved(self) -> None:
+        handle = self.handle
         try:
             handle.method.on_weights(handle)
         except BaseException:
             handle.drop_staged()
             raise
-        finally:
-            for held in handle.held():
-                held.forget()
         handle.commit()
-        self._announce()
 
     def _announce(self) -> None:
         """Tell the gradient hooks whether the dense gradient is wanted in the step that begins now."""
         handle = self.handle
         wanted = handle.method.wants_dense_gradient(handle.step, handle.steps)
-        for site in handle.sites:
-            site.held.wants_dense = wanted
+        if wanted != self._wanted:
+            for site in handle.sites:
+                site.held.wants_dense = wanted
+        self._wanted = wanted
 
     def _loaded(self, optimizer: Optimizer) -> None:
         reset_masked_state(self.handle)
@@ -163,6 +173,7 @@ class _Share:
     def __init__(self, optimizer: Optimizer, sites: list[Site]) -> None:
         self._optimizer = weakref.ref(optimizer)
         self.sites = sites
+        self.masters = [s for s in sites if s.master is not None]
         self.held: list[Held] = [h for s in sites for h in (s.held, *s.followers)]
         self.void = False
         self.within = False
@@ -186,7 +197,7 @@ class _Share:
 
     def look(self) -> None:
         """Which weights are known to be clear now, and will be after an optimizer that keeps zeros at zero."""
-        self._trusted = {id(h) for h in self.held if h.weight_untouched} if self._keeps_zero else set()
+        self._trusted = {id(h) for h in self.held if h.keep is not None and h.weight_untouched} if self._keeps_zero else set()
 
     def unscale(self) -> None:
         """A fused optimizer under a gradient scaler would unscale inside its kernel: do it here, once, instead."""
@@ -215,13 +226,13 @@ class _Share:
 
     def enter(self) -> None:
         """Hand masters to the optimizer."""
-        if self.within:
+        if self.within or not self.masters:
             return
         self.within = True
         with torch.no_grad():
-            for site in self.sites:
-                if site.master is not None:
-                    local(site.parameter).copy_(site.master)
+            for site in self.masters:
+                assert site.master is not None
+                local(site.parameter).copy_(site.master)
 
     def leave(self) -> None:
         """Take masters back, unchanged where gradients do not reach, and leave the forward weight in the parameter."""
@@ -229,14 +240,15 @@ class _Share:
             return
         self.within = False
         with torch.no_grad():
-            for site in self.sites:
-                if site.master is not None:
-                    _take_back(site)
-                    site.held.clear_weight()
+            for site in self.masters:
+                _take_back(site)
+                site.held.clear_weight()
 
     def clear(self) -> None:
         """After the step: hold zeros. Weights that nothing but a zero-keeping optimizer has touched are clear already."""
         for held in self.held:
+            if held.keep is None:
+                continue
             if id(held) in self._trusted:
                 held.seen_weight()
             else:

@@ -1,0 +1,1 @@
+"""One file for each pattern; `rarefy.axes.pattern` imports them all."""

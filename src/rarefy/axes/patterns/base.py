@@ -50,7 +50,7 @@ class Pattern(Value, ABC):
 
     @abstractmethod
     def spread(self, units: Tensor, shape: Shape) -> Tensor:
-        """Kept units (bool, 1-D) as a canonical mask of this shape."""
+        """Kept units (bool, 1-D) as a contiguous canonical mask of this shape; it may share their memory."""
 
     def sizes(self, shape: Shape) -> Tensor | int:
         """Weights in each unit: one number for all, or a 1-D tensor."""

@@ -59,7 +59,7 @@ class Block(Pattern):
         height, width = _matrix(shape)
         tiles = units.reshape(-(-height // self.rows), 1, -(-width // self.columns), 1)
         padded = tiles.expand(-1, self.rows, -1, self.columns).flatten(2).flatten(0, 1)
-        return padded[:height, :width].reshape(tuple(shape))
+        return padded[:height, :width].contiguous().reshape(tuple(shape))
 
     def fits(self, shape: Shape) -> str | None:
         if (reason := super().fits(shape)) or len(shape) < 2:

@@ -8,6 +8,7 @@ import math
 import re
 from typing import Annotated
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -117,12 +118,21 @@ def _best(groups: Tensor, n: int) -> Tensor:
     m = groups.shape[1]
     if not groups.numel() or m > _MOST_RANKED:
         return top_k_per_row(groups, n)
-    columns = torch.stack(groups.unbind(1))  # the transpose, faster than .t().contiguous()
-    # rank = how many of the group come first, less n: at first all to the left, then corrected pair by pair.
-    ranks = torch.arange(-n, m - n, dtype=torch.int8, device=groups.device)[:, None].repeat(1, len(groups))
+    flat = groups.reshape(-1)
+    place = torch.from_numpy(np.tile(np.arange(m, dtype=np.int8), len(groups))).to(groups.device)
+    # rank = how many of the group come first, less n: at first all to the left, then corrected pair by pair. Whole
+    # vectors are compared with themselves shifted, which crosses groups: `place` takes those pairs out again.
+    ranks = place - n
     for distance in range(1, m):
-        later_wins = (columns[distance:] > columns[:-distance]).view(torch.int8)
+        outside = (place[distance:] - distance) >> 7  # −1 where the earlier one is in another group, else 0
+        later_wins = _greater(flat[distance:], flat[:-distance]).bitwise_and_(outside.bitwise_not_())
         ranks[:-distance] += later_wins
         ranks[distance:] -= later_wins
-    kept = (ranks.view(torch.uint8) >> 7).view(torch.bool)  # the sign bit: rank below n
-    return torch.stack(kept.unbind(0), 1)
+    return (ranks.view(torch.uint8) >> 7).view(torch.bool).view(groups.shape)  # the sign bit: rank below n
+
+
+def _greater(a: Tensor, b: Tensor) -> Tensor:
+    """a > b as int8 0 and 1; numpy's comparison is vectorised where torch's, with a boolean result, is not."""
+    if a.device.type == "cpu" and a.dtype in (torch.float32, torch.float64, torch.float16):
+        return torch.from_numpy(np.greater(a.numpy(), b.numpy()).view(np.int8))
+    return (a > b).view(torch.int8)
