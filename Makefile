@@ -6,6 +6,8 @@ WORKERS ?= 2
 VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
+ALL     := random-uniform,magnitude-init,snip,grasp,synflow,set,rigl,itop,gmp,gmp-global,granet
+SOME    := snip,synflow,set,rigl,gmp,gmp-global,granet
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/pytest
 
 .DEFAULT_GOAL := help
@@ -15,8 +17,8 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 # torch is named with its version: pip then prefers a CPU build where it is offered one, and never moves off the pin.
-$(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rarefy needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; try make PYTHON=python3.11")'
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rarefy needs Python 3.11 or newer: make PYTHON=…")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0 -e ".[dev]"
 	@touch $@
@@ -28,9 +30,9 @@ test: $(STAMP)  ## the whole test suite but its slow part
 	$(PYTEST) -n $(WORKERS) -q -m "not slow"
 
 test-slow: $(STAMP)  ## the slow part: comparisons over seeds, long runs
-	$(PYTEST) -n $(WORKERS) -q -m slow
+	$(PYTEST) -n $(WORKERS) --dist loadfile -q -m slow
 
-check: lint types test  ## all that a change must pass: lint, types, tests
+check: lint types test demo  ## all that a change must pass: lint, types, tests, and what the README promises first
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -47,11 +49,11 @@ bench-overhead: $(STAMP)  ## time per training step over the dense step
 	OMP_NUM_THREADS=1 $(BIN)/python -m rarefy.bench.overhead
 
 bench-digits: $(STAMP)  ## the digits comparison at 95 and 98 %, five seeds
-	$(BIN)/rarefy bench digits --sparsities .95,.98 --seeds 5 --controls shuffled,small_dense --out rarefy-digits
+	$(BIN)/rarefy bench digits --methods $(ALL) --sparsities .95,.98 --seeds 5 --controls shuffled,small_dense --out rarefy-digits
 	$(BIN)/rarefy report rarefy-digits -o results/digits.md
 
 bench-fashion: $(STAMP)  ## the results table of LeNet-300-100 on Fashion-MNIST, results/fashion-mnist.md
-	$(BIN)/rarefy bench fashion-mnist --sparsities .9,.95,.98 --seeds 5 --out rarefy-fashion-mnist
+	$(BIN)/rarefy bench fashion-mnist --methods $(SOME) --sparsities .9,.95,.98 --seeds 5 --out rarefy-fashion-mnist
 	$(BIN)/rarefy report rarefy-fashion-mnist -o results/fashion-mnist.md
 
 clean:  ## remove .venv, caches and build products; results stay

@@ -9,8 +9,8 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-# Before the first import of rarefy, and here only: users pay nothing for the checks.
-install_import_hook("rarefy", "beartype.beartype")
+# Before the first import of rarefy, and here only: users pay nothing for the checks. An int is a float, as in PEP 484.
+install_import_hook("rarefy", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)

@@ -21,7 +21,18 @@ def run(capsys, *arguments: object) -> tuple[int, str, str]:
 def test_demo_compares_six_methods_with_the_baselines(capsys, tmp_path):
     code, out, err = run(capsys, "demo", "--out", tmp_path / "demo", *FAST)
     assert (code, err) == (0, "")
-    for title in ("dense", "random ERK", "random search", "magnitude", "SynFlow", "SNIP", "SET", "RigL", "GMP", "GraNet"):
+    for title in (
+        "dense",
+        "random ERK",
+        "random search",
+        "magnitude",
+        "SynFlow",
+        "SNIP",
+        "SET",
+        "RigL",
+        "GMP",
+        "GraNet",
+    ):
         assert title in out
     assert "5 % kept (2\u202f510 of 50\u202f200)" in out
     assert "What to try next:" in out
@@ -33,7 +44,7 @@ def test_bench_speaks_json_and_goes_on_where_it_was(capsys, tmp_path):
     arguments += ["--out", tmp_path / "out", "--json", *FAST]
     code, out, _ = run(capsys, *arguments)
     content = json.loads(out)
-    assert (code, content["made"], content["read"], content["failures"]) == (0, 22, 0, [])
+    assert (code, content["made"], content["read"], content["failures"]) == (0, 26, 0, [])
     assert [table["sparsity"] for table in content["tables"]] == [0.9, 0.95]
     rigl = next(row for row in content["tables"][0]["rows"] if row["name"] == "rigl" and row["control"] == "none")
     assert rigl["nonzeros"] == [5020]
@@ -41,7 +52,7 @@ def test_bench_speaks_json_and_goes_on_where_it_was(capsys, tmp_path):
     assert set(rigl["by_seed"]) == {"0", "1"}
     assert content["tables"][0]["sentences"]
     again = json.loads(run(capsys, *arguments)[1])
-    assert (again["made"], again["read"]) == (0, 22)
+    assert (again["made"], again["read"]) == (0, 26)
     assert again["tables"] == content["tables"]
 
 

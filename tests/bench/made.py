@@ -69,9 +69,7 @@ def result(
         train_accuracy=99.0,
         wall_seconds=1.5,
     ).model_copy(update=train)
-    return Result(
-        key=key_of(run, method, environment), run=run, method=method, train=section, environment=environment
-    )
+    return Result(key=key_of(run, method, environment), run=run, method=method, train=section, environment=environment)
 
 
 def _flops(training: float) -> Flops:

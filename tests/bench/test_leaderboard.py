@@ -2,8 +2,8 @@ import itertools
 import json
 
 import pytest
-from bench.made import ENVIRONMENT, result
 
+from bench.made import ENVIRONMENT, result
 from rarefy.bench.leaderboard import Row, Table, make_row, make_tables
 from rarefy.bench.statistics import interval
 from rarefy.bench.tables import footer, markdown

@@ -28,9 +28,9 @@ def test_every_method_can_be_made_in_the_pace_of_its_task(name):
 
 def test_names_are_forgiving_and_unknown_ones_are_not():
     assert parse_names("RigL, random_search,TOPKAST,") == ["rigl", "random-search", "top-kast"]
-    with pytest.raises(ValueError, match="no method is named 'riggl'; did you mean rigl?"):
+    with pytest.raises(ValueError, match=r"no method is named 'riggl'; did you mean rigl\?"):
         parse_names("riggl")
-    with pytest.raises(ValueError, match="no method is named 'xyzzyx'; known are dense"):
+    with pytest.raises(ValueError, match=r"no method is named 'xyzzyx'; known are .*rigl"):
         parse_names("xyzzyx")
 
 

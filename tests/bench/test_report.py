@@ -1,8 +1,8 @@
 import re
 
 import pytest
-from bench.made import result
 
+from bench.made import result
 from rarefy.bench.leaderboard import make_tables
 from rarefy.bench.report import html_page, write_report
 

@@ -3,8 +3,8 @@ import os
 from pathlib import Path
 
 import pytest
-from bench.made import result
 
+from bench.made import result
 from rarefy.bench.files import write_whole
 from rarefy.bench.results import Result, key_of, load_results
 

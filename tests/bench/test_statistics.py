@@ -75,10 +75,10 @@ def test_one_seed_resolves_nothing():
 def test_equal_differences_are_no_certainty():
     """Three seeds that each differ by the same one image of 597: the deviation is 0, the interval is not."""
     one = 100 / 597
-    a, b = {s: 97.0 + one for s in range(3)}, dict.fromkeys(range(3), 97.0)
+    a, b = dict.fromkeys(range(3), 97.0 + one), dict.fromkeys(range(3), 97.0)
     assert paired(a, b).resolved
     assert not paired(a, b, resolution=one).resolved
-    assert paired({s: 97.0 + 2 * one for s in range(3)}, b, resolution=one).resolved
+    assert paired(dict.fromkeys(range(3), 97.0 + 2 * one), b, resolution=one).resolved
 
 
 def test_holm_by_hand():

@@ -7,9 +7,14 @@ and counts are rational arithmetic on the decimal that was written.
 import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+_SAMPLE = 4096
 
 
 def top_k(scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
@@ -25,15 +30,65 @@ def top_k(scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
     >>> top_k(torch.tensor([1., 3., 3., 2.]), 2, among=torch.tensor([True, False, True, True]))
     tensor([False, False,  True,  True])
     """
-    if among is not None:
-        places = _same_shape(among, scores).flatten().nonzero()[:, 0]
-        chosen = top_k(scores.flatten()[places], k)
-        mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-        mask[places[chosen]] = True
-        return mask.reshape(scores.shape)
-    if not 0 <= k <= scores.numel():
-        raise ValueError(f"top_k: asked for {k} of {scores.numel()} candidates; k must be from 0 to {scores.numel()}")
-    return top_k_per_row(ready(scores).reshape(1, -1), k).reshape(scores.shape)
+    flat = scores.reshape(-1)
+    candidates = None if among is None else _true_places(_same_shape(among, scores))
+    most = flat.numel() if candidates is None else candidates.numel()
+    if not 0 <= k <= most:
+        raise ValueError(f"top_k: asked for {k} of {most} candidates; k must be from 0 to {most}")
+    if candidates is None:
+        return _largest(ready(flat), k).reshape(scores.shape)
+    return _gathered(ready(flat.index_select(0, candidates)), k, candidates, flat.numel()).reshape(scores.shape)
+
+
+def _largest(scores: Tensor, k: int) -> Tensor:
+    """`top_k` of a vector."""
+    if 2 * k > scores.numel():  # the others are fewer: the smallest, of equal ones those at the end
+        return ~_largest(-scores.flip(0), scores.numel() - k).flip(0)
+    places = _likely(scores, k)
+    if places is None:
+        return top_k_per_row(scores.reshape(1, -1), k).reshape(-1)
+    return _gathered(scores.index_select(0, places), k, places, scores.numel())
+
+
+def _gathered(scores: Tensor, k: int, places: Tensor, length: int) -> Tensor:
+    """`top_k` of a vector of which only the scores at `places` count: these ascend, so ties go to the lower index."""
+    mask = torch.zeros(length, dtype=torch.bool, device=scores.device)
+    mask[places.index_select(0, _true_places(_largest(scores, k)))] = True
+    return mask
+
+
+def _likely(scores: Tensor, k: int) -> Tensor | None:
+    """Places that surely hold the k largest, if few do: those above a bound read off a sample. None to take all.
+
+    Selecting among a tenth of the scores costs a fraction of selecting among all of them; the choice stays exact,
+    because the bound is used only if at least k scores reach it, and all that reach it are candidates.
+    """
+    share = k / max(1, scores.numel())
+    sample = scores[:: max(1, scores.numel() // _SAMPLE)]
+    wanted = int(len(sample) * share + 5 * math.sqrt(len(sample) * share) + 8)
+    if scores.numel() < 8 * _SAMPLE or k == 0 or 2 * wanted > len(sample):
+        return None
+    places = _true_places(_reach(scores, sample.topk(wanted, sorted=False).values.amin()))
+    return places if k <= len(places) <= scores.numel() // 2 else None
+
+
+def _reach(scores: Tensor, bound: Tensor) -> Tensor:
+    """scores >= bound; numpy's comparison is vectorised where torch's, with a boolean result, is not."""
+    if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64, torch.float16):
+        return from_array(np.greater_equal(scores.numpy(), bound.numpy()))
+    return scores >= bound
+
+
+def from_array(array: NDArray[Any]) -> Tensor:
+    """`torch.from_numpy`, with a type: a tensor on the array's memory."""
+    return torch.from_numpy(array)  # pyright: ignore[reportUnknownMemberType]
+
+
+def _true_places(mask: Tensor) -> Tensor:
+    """Flat indices of the true entries, ascending."""
+    if mask.device.type == "cpu":
+        return from_array(np.flatnonzero(mask.numpy()))
+    return mask.flatten().nonzero()[:, 0]
 
 
 def top_k_per_row(scores: Tensor, k: int) -> Tensor:

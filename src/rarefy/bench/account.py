@@ -57,7 +57,7 @@ class Trained:
 
 def dense_phase(model: nn.Module, dense: Dense, steps: int, batch: int) -> Phase:
     """Training without any handle."""
-    return Phase(3 * sum(dense.values()) * steps * batch, steps, sum(site.numel for site in find_sites(model)))
+    return Phase(3 * sum(dense.values()) * steps * batch, steps, float(sum(site.numel for site in find_sites(model))))
 
 
 def phase(sparsity: Any, dense: Dense, batch: int) -> Phase:

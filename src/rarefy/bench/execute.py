@@ -1,6 +1,7 @@
 """One run from first weights to result: make the network sparse in the method's way, train it, judge it, count."""
 
 import hashlib
+import math
 import time
 from typing import Any
 
@@ -123,7 +124,7 @@ def _drive(job: _Job, driver: Any) -> Trained:
         seconds.append(training.seconds)
 
     sparsity = driver.run(job.model, train)
-    return Trained(job.model, sparsity, [job.phase(sparsity)], tuple(driver.labels), sum(seconds))
+    return Trained(job.model, sparsity, [job.phase(sparsity)], tuple(driver.labels), math.fsum(seconds))
 
 
 def _sparsify(job: _Job, method: Any, training: Training, steps: int) -> tuple[Any, float, float]:
@@ -134,7 +135,7 @@ def _sparsify(job: _Job, method: Any, training: Training, steps: int) -> tuple[A
         sparsity = rarefy.sparsify(
             job.model, method, optimizer=training.optimizer, steps=steps, seed=stream("masks", job.run.seed), **material
         )
-    return sparsity, sum(spent), time.perf_counter() - begin
+    return sparsity, math.fsum(spent), time.perf_counter() - begin
 
 
 def _material(needs: frozenset[str], data: Data, seed: int) -> dict[str, Any]:

@@ -48,7 +48,9 @@ _ENTRIES = {
     "set": _Entry("SET", "SET", {"fraction": Cosine(0.3), "every": Every(until=0.75)}),
     "set-itop": _Entry("SET-ITOP", "ITOP", {"grow": "random"}),
     "sr-ste": _Entry("SR-STE", "SRSTE", {"pattern": "unstructured"}),
-    "top-kast": _Entry("Top-KAST", "TopKAST"),
+    # With one density for all layers it diverges at these learning rates: weights outside of the forward set grow for
+    # `every` steps without being felt, then enter it all at once.
+    "top-kast": _Entry("Top-KAST ERK", "TopKAST", {"allocation": "erdos_renyi_kernel"}),
 }
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.core import bits
+from rarefy.core.choose import reachable
+from rarefy.core.commit import reshard
 from rarefy.core.held import Held, local
 from rarefy.core.sites import Site
 from rarefy.core.sparsity import Sparsity
@@ -16,8 +18,9 @@ _WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def check(model: nn.Module, sparsity: Sparsity) -> None:
     """Raise RuntimeError, listing every broken promise with names and counts, unless
 
-    the masked weights (and followers) are all +0.0, every mask obeys its pattern and keeps exactly what was asked, the
-    model still has the parameters that are held, and a method that works during training is attached.
+    the masked weights (and followers) are all +0.0, every mask obeys its pattern and keeps exactly what was asked, kept
+    weights are those of the master behind them, if there is one, the model still has the parameters that are held, and
+    a method that works during training is attached.
 
     >>> from rarefy import Magnitude, sparsify
     >>> model = nn.Linear(8, 4)
@@ -30,10 +33,11 @@ def check(model: nn.Module, sparsity: Sparsity) -> None:
     RuntimeError: 1 promise of Magnitude(sparsity=0.5) is broken:
       weight: 16 of 16 masked values are not +0.0
     """
+    reshard(model)
     broken = _parameters(model, sparsity)
     if not broken:
         for site in sparsity.sites:
-            broken += _mask(site) + [p for held in (site.held, *site.followers) for p in _zeros(held)]
+            broken += _mask(site) + [p for held in (site.held, *site.followers) for p in _zeros(held)] + _master(site)
     if "optimizer" in sparsity.method.needs and not sparsity.attached and not sparsity.ended:
         broken.append("no optimizer is attached, so nothing holds zeros while training: call attach(optimizer, steps)")
     if broken:
@@ -64,6 +68,20 @@ def _zeros(held: Held) -> list[str]:
     return [f"{held.name}: {wrong} of {bits.count(masked)} masked values are not +0.0"] if wrong else []
 
 
+def _master(site: Site) -> list[str]:
+    if site.master is None:
+        return []
+    differ = local(site.parameter).detach().ne(site.master)
+    if site.held.keep is not None:
+        differ &= site.held.keep.ne(0)
+    wrong = bits.count(differ)
+    if not wrong:
+        return []
+    return [
+        f"{site.name}: {wrong} kept weights were written to and the next step will undo it: attach again to keep them"
+    ]
+
+
 def _mask(site: Site) -> list[str]:
     broken: list[str] = []
     mask = site.canonical(site.mask)
@@ -71,17 +89,11 @@ def _mask(site: Site) -> list[str]:
     if not full_mask and not site.pattern.legal(mask):
         broken.append(f"{site.name}: the mask does not obey the pattern {site.pattern}")
     units = bits.count(site.pattern.gather(mask))
-    if site.asked is not None and units != _reachable(site, site.asked):
+    if site.asked is not None and units != reachable(site, site.asked):
         broken.append(f"{site.name}: {units} units of {site.pattern} are kept, {site.asked} were asked for")
     if not _inside(site.held.keep, site.held.train):
         broken.append(f"{site.name}: gradients do not reach all kept weights")
     return broken
-
-
-def _reachable(site: Site, asked: int) -> int:
-    """What the pattern can keep of `asked` (constant fan-in keeps rows·⌊K/rows⌋)."""
-    scores = torch.zeros(site.pattern.units(site.pattern_shape))
-    return bits.count(site.pattern.fill(torch.zeros_like(scores, dtype=torch.bool), scores, asked, site.pattern_shape))
 
 
 def _inside(keep: Tensor | None, train: Tensor | None) -> bool:

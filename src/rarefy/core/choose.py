@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rarefy.axes import Allocation, Global, Layer
+from rarefy.axes import Allocation, Global, Layer, Pool
 from rarefy.core.sites import Site
+
+How = Pool | Literal["first"]
+"""How the scores in a unit become one; "first" takes that of its first weight (one random draw stands for the unit)."""
 
 
 def allocate(
@@ -24,42 +27,48 @@ def allocate(
     if free:
         if sparsity is None:
             raise ValueError(
-                f"sparsity=None, but the pattern {free[0].pattern} of {free[0].name!r} does not say how many weights to "
-                'keep: give sparsity=0.9, say, or an n:m pattern such as pattern="2:4".'
+                f"sparsity=None, but the pattern {free[0].pattern} of {free[0].name!r} does not say how many weights "
+                'to keep: give sparsity=0.9, say, or an n:m pattern such as pattern="2:4".'
             )
         layers = [Layer(s.name, s.shape, s.pattern.units(s.pattern_shape), s.pattern) for s in free]
         scores = [units[s] for s in free] if units is not None and allocation.needs_scores else None
         found.update(zip(free, allocation.counts(layers, sparsity, scores), strict=True))
-    for site in sites:
-        site.asked = found[site]
-    return found
+    return {site: found[site] for site in sites}
 
 
-def pooled(site: Site, score: Tensor, how: Any) -> Tensor:
+def pooled(site: Site, score: Tensor, how: How = "mean_abs") -> Tensor:
     """Scores of the site's units, after a check that they are finite. Raises ValueError naming the site."""
     refuse_infinite(site.name, score, "scores")
-    return site.pattern.pool(site.canonical(score), how)
+    canonical = site.canonical(score)
+    return site.pattern.members(canonical)[:, 0] if how == "first" else site.pattern.pool(canonical, how)
 
 
 def project(
     scores: Mapping[Site, Tensor],
-    how: Any,
+    how: How,
     allocation: Allocation,
     sparsity: float | None,
     *,
     nested: Mapping[Site, Tensor] | None = None,
 ) -> dict[Site, Tensor]:
-    """Masks in the weights' shapes for scores in the weights' shapes. nested: masks whose false units stay masked."""
+    """Masks in the weights' shapes for scores in the weights' shapes. nested: masks whose false units stay masked.
+
+    Each site remembers as `asked` how many units it was to keep.
+    """
     sites = list(scores)
     units = {site: pooled(site, scores[site], how) for site in sites}
-    ranked = units if nested is None else {site: _masked_last(site, units[site], nested[site]) for site in sites}
-    counts = allocate(sites, allocation, sparsity, ranked if _only_ranks(allocation) else units)
-    return {site: fill(site, None, ranked[site], counts[site]) for site in sites}
-
-
-def _only_ranks(allocation: Allocation) -> bool:
-    """Whether only the order of scores matters (LAMP needs their size, and zero for what is masked)."""
-    return isinstance(getattr(allocation, "allocation", allocation), Global)
+    if nested is None:
+        counts = allocate(sites, allocation, sparsity, units)
+    else:
+        kept = {site: units_of(site, nested[site]) for site in sites}
+        ranked = {site: _masked_last(units[site], kept[site]) for site in sites}
+        # Only the order matters to `Global`; LAMP needs sizes, and what is masked has none.
+        counts = allocate(sites, allocation, sparsity, ranked if _ranks(allocation) else units)
+        counts = _within(counts, {site: int(kept[site].sum()) for site in sites})
+        units = ranked
+    for site in sites:
+        site.asked = counts[site]
+    return {s: fill(s, None, units[s], counts[s]) for s in sites}
 
 
 def fill(site: Site, keep: Tensor | None, units: Tensor, count: int) -> Tensor:
@@ -73,10 +82,40 @@ def units_of(site: Site, mask: Tensor) -> Tensor:
     return site.pattern.gather(site.canonical(mask))
 
 
-def _masked_last(site: Site, units: Tensor, mask: Tensor) -> Tensor:
+def reachable(site: Site, asked: int) -> int:
+    """Units that the pattern can keep of `asked` (constant fan-in: rows·⌊asked/rows⌋)."""
+    scores = torch.zeros(site.pattern.units(site.pattern_shape))
+    return int(site.pattern.fill(None, scores, asked, site.pattern_shape).sum())
+
+
+def _ranks(allocation: Allocation) -> bool:
+    while (within := getattr(allocation, "allocation", None)) is not None:  # a floor under another allocation
+        allocation = within
+    return type(allocation) is Global
+
+
+def _masked_last(units: Tensor, kept: Tensor) -> Tensor:
     """Masked units rank below all others, even below kept ones that score zero too."""
     lowest = units.min() if units.numel() else units.new_zeros(())
-    return torch.where(units_of(site, mask), units, lowest - lowest.abs() - 1)
+    return torch.where(kept, units, lowest - lowest.abs() - 1)
+
+
+def _within(counts: dict[Site, int], kept: Mapping[Site, int]) -> dict[Site, int]:
+    """No site keeps more than it has left; what it cannot take goes to the sites with most room.
+
+    Rounding can ask for one more than before (largest remainder), ties at zero for some more (LAMP).
+    """
+    found = dict(counts)
+    free = [site for site in counts if not site.pattern.fixed]
+    for site in free:
+        if found[site] > kept[site] and reachable(site, found[site]) > kept[site]:
+            found[site] = kept[site]
+    over = sum(counts.values()) - sum(found.values())
+    for site in sorted(free, key=lambda site: found[site] - kept[site]):
+        given = min(over, max(0, kept[site] - found[site]))
+        found[site] += given
+        over -= given
+    return found
 
 
 def refuse_infinite(name: str, tensor: Tensor, what: str) -> None:

@@ -31,23 +31,24 @@ def commit(s: rarefy.core.sparsity.Sparsity, staged: Mapping[int, Staged]) -> No
     s.ledger.record(s.ledger.steps, kept, [_trained(site, kept[site.index]) for site in s.sites], 0 if first else flips)
 
 
-def _apply(
-    s: rarefy.core.sparsity.Sparsity, site: Site, mask: Tensor, trainable: Tensor | Everywhere | None
-) -> int:
+def _apply(s: rarefy.core.sparsity.Sparsity, site: Site, mask: Tensor, trainable: Tensor | Everywhere | None) -> int:
     held = site.held
     flips = bits.count(bits.differ(site.mask, mask))
     before = held.train
     held.set(mask, trainable)
-    _move_state(s, held, before)
     if site.master is not None:
         with torch.no_grad():
             local(site.parameter).copy_(site.master)
-    _clear(held)
+        _move_state(s, held, before)
+        _clear(held)
+    else:  # zeros first: state that copies the weight follows what it becomes
+        _clear(held)
+        _move_state(s, held, before)
     for follower in site.followers:
         before = follower.train
         follow(site, follower, mask)
-        _move_state(s, follower, before)
         _clear(follower)
+        _move_state(s, follower, before)
     _explore(s, site, mask)
     return flips
 
@@ -75,15 +76,19 @@ def _move_state(s: rarefy.core.sparsity.Sparsity, held: Held, before: Tensor | N
 
 
 def reset_masked_state(s: rarefy.core.sparsity.Sparsity) -> None:
-    """Initial optimizer state wherever gradients do not reach (an optimizer with a past was attached or loaded)."""
-    for held in s.held():
+    """Initial optimizer state wherever gradients do not reach (an optimizer with a past was attached or loaded).
+
+    Nothing moves if that past is this handle's own. Behind a master, weight decay gives state to weights that gradients
+    do not reach; it moves none of them, and is left.
+    """
+    for held in (h for site in s.sites if site.master is None for h in (site.held, *site.followers)):
         optimizer = owner(s.optimizers, held.parameter)
         if optimizer is not None and held.train is not None:
             reset_state(optimizer, held, held.train)
 
 
 def _explore(s: rarefy.core.sparsity.Sparsity, site: Site, mask: Tensor) -> None:
-    packed = bits.pack(mask)
+    packed = bits.pack(mask).cpu()
     site.explored = packed if site.explored is None else site.explored | packed
     counts = s.ledger.explored_counts or [0] * len(s.sites)
     counts[site.index] = bits.count_packed(site.explored)
@@ -100,8 +105,12 @@ def _trained(site: Site, kept: int) -> int:
     return site.numel if site.held.train is None else bits.count(site.trainable)
 
 
-def rebind(s: rarefy.core.sparsity.Sparsity, model: nn.Module) -> None:
-    """Find every parameter anew by its name (wrappers replace parameters); masks and masters follow."""
+# -- attaching -------------------------------------------------------------------------------------------------------
+
+
+def find_parameters(s: rarefy.core.sparsity.Sparsity, model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every held parameter anew by its name (wrappers replace parameters). Raises ValueError naming what is missing."""
+    reshard(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for held in s.held():
         found = parameters.get(held.name)
@@ -111,18 +120,60 @@ def rebind(s: rarefy.core.sparsity.Sparsity, model: nn.Module) -> None:
                 f"the model has no parameter {held.name!r} of shape {tuple(held.parameter.shape)} any more (found "
                 f"{seen}): attach to the model that was sparsified, or sparsify the new one."
             )
+    return {held.name: parameters[held.name] for held in s.held()}
+
+
+def reshard(model: nn.Module) -> None:
+    """Put the shards of a sharded model back in their place.
+
+    Its root keeps gathered copies as its parameters after a forward pass without a backward one, and those are neither
+    trained nor gathered anew.
+    """
+    for module in model.modules():
+        if hasattr(module, "unshard") and hasattr(module, "reshard"):
+            module.reshard()  # type: ignore[operator]
+
+
+def rebind(s: rarefy.core.sparsity.Sparsity, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Bind the handle to these parameters; masks and masters follow, to another device, dtype or sharding too."""
     for site in s.sites:
-        if parameters[site.name] is not site.parameter:
-            _rebind_site(site, parameters)
+        _rebind_site(site, parameters)
 
 
 def _rebind_site(site: Site, parameters: Mapping[str, nn.Parameter]) -> None:
-    mask, trainable, master = site.mask, site.trainable, site.weight
-    same = site.held.train is site.held.keep
-    site.held.parameter = parameters[site.name]
-    site.held.set(mask, None if same else trainable)
+    held, new = site.held, parameters[site.name]
+    if new is held.parameter and _beside(held.keep, new) and _beside(site.master, new, typed=True):
+        return
+    mask, trainable, master = site.mask.to(new.device), site.trainable.to(new.device), site.weight
+    same = held.train is held.keep
+    held.parameter = new
+    held.set(mask, None if same else trainable)
     if site.master is not None:
-        site.master = shard(master, site.parameter).clone()
+        site.master = shard(master.to(new.device, new.dtype), new).clone()
     for follower in site.followers:
         follower.parameter = parameters[follower.name]
         follow(site, follower, mask)
+
+
+def _beside(tensor: Tensor | None, parameter: nn.Parameter, *, typed: bool = False) -> bool:
+    if tensor is None:
+        return True
+    return tensor.device == parameter.device and (not typed or tensor.dtype == parameter.dtype)
+
+
+def settle(s: rarefy.core.sparsity.Sparsity) -> None:
+    """What was written to weights while nobody watched: masters take it over, masked entries go back to +0.0."""
+    with torch.no_grad():
+        for site in s.sites:
+            if site.master is not None:
+                _adopt(site, site.master)
+        for held in s.held():
+            held.clear_weight()
+
+
+def _adopt(site: Site, master: Tensor) -> None:
+    projected = master.clone()
+    if site.held.keep is not None:
+        bits.clear_(projected, site.held.keep)
+    weight = local(site.parameter)
+    master.copy_(torch.where(weight.ne(projected), weight, master))

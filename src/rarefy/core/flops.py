@@ -8,9 +8,9 @@ use a weight without calling its module).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +48,11 @@ def measure(model: nn.Module, example: Any) -> dict[str, float]:
     by_module: Counter[str] = Counter()
 
     def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        weight = module._parameters.get("weight")
-        if weight is not None and args and isinstance(output, Tensor):
-            by_module[names[id(weight)]] += 2 * weight.numel() * _positions(module, args[0], output)
+        weight = getattr(module, "weight", None)
+        if id(weight) in names and args and isinstance(output, Tensor):
+            by_module[names[id(weight)]] += (
+                2 * module.get_parameter("weight").numel() * _positions(module, args[0], output)
+            )
 
     kinds = (nn.Linear, *_CONV, *_TRANSPOSED)
     handles = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, kinds)]
@@ -77,7 +79,7 @@ class _Products(TorchDispatchMode):
     """Counts products with weights, which are known by their storage: a transposed or cut weight is still the same."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.found: Counter[str] = Counter()
         plain = [(name, p) for name, p in model.named_parameters() if type(p) is nn.Parameter]
         shared = Counter(_storage(p) for _, p in plain)
@@ -102,11 +104,11 @@ class _Products(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]  its address would be 0 on meta
 
 
 @contextmanager
-def _no_fused_attention() -> Iterator[None]:
+def _no_fused_attention() -> Generator[None]:
     """torch's attention has a fused path in evaluation mode, inside which no product can be seen."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -117,8 +119,10 @@ def _no_fused_attention() -> Iterator[None]:
 
 
 def _samples(example: Any) -> int:
-    values = example.values() if isinstance(example, Mapping) else example
+    values = cast(Mapping[str, Any], example).values() if isinstance(example, Mapping) else example
     tensors = [example] if isinstance(example, Tensor) else [t for t in values if isinstance(t, Tensor)]
     if not tensors or tensors[0].ndim == 0 or tensors[0].shape[0] == 0:
-        raise ValueError(f"example={type(example).__name__} holds no tensor with samples along its first axis.")
+        raise ValueError(
+            f"example={type(cast(object, example)).__name__} holds no tensor with samples along its first axis."
+        )
     return int(tensors[0].shape[0])

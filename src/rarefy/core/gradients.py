@@ -8,9 +8,9 @@ over its replicas, so that all of them choose the same masks.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -31,8 +31,8 @@ def take(data: Iterable[Any], batches: int | None) -> list[Any]:
     """The first `batches` batches (None: all of them). Raises ValueError when there are fewer, or none at all."""
     if isinstance(data, Tensor | Mapping):
         raise ValueError(
-            f"data= is one {type(data).__name__}, but an iterable of batches is needed: give a list of batches, "
-            "data=[batch], or a data loader."
+            f"data= is one {type(cast(object, data)).__name__}, but it must be an iterable of batches: give a list of "
+            "batches, such as data=[batch], or a data loader."
         )
     found = list(itertools.islice(data, batches))
     if not found:
@@ -85,7 +85,7 @@ def _summed(
     seed: int,
 ) -> dict[Site, Tensor]:
     _refuse_sharded(sites)
-    total = {site: torch.zeros_like(site.parameter, requires_grad=False) for site in sites}
+    total = {site: _zeros(site.parameter) for site in sites}
     with undisturbed(model, seed), torch.enable_grad(), _tempered(model, temperature), _unsynchronised(model):
         for site in sites:
             site.parameter.requires_grad_(True)
@@ -95,6 +95,12 @@ def _summed(
     for tensor in total.values():
         average_over_replicas(model, tensor)
     return total
+
+
+def _zeros(parameter: Tensor) -> Tensor:
+    """To add up gradients in: float32 at least."""
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.zeros_like(parameter, dtype=wide, requires_grad=False)
 
 
 def flow_gradients(
@@ -137,8 +143,8 @@ def evaluate_masked(
 def average_over_replicas(model: nn.Module, tensor: Tensor) -> Tensor:
     """In place, the mean over the replicas of a model inside DistributedDataParallel; any other model has only one."""
     if isinstance(model, DistributedDataParallel):
-        group = model.process_group
-        dist.all_reduce(tensor, group=group)
+        group = cast(Any, model).process_group
+        cast(Any, dist).all_reduce(tensor, group=group)
         tensor.div_(dist.get_world_size(group))
     return tensor
 
@@ -158,7 +164,7 @@ def _refuse_sharded(sites: Sequence[Site]) -> None:
 
 
 @contextmanager
-def _tempered(model: nn.Module, temperature: float) -> Iterator[None]:
+def _tempered(model: nn.Module, temperature: float) -> Generator[None]:
     """Divide the model's output by `temperature`; the loss still sees the model itself."""
 
     def divide(module: nn.Module, args: Any, output: Any) -> Tensor:
@@ -178,16 +184,14 @@ def _tempered(model: nn.Module, temperature: float) -> Iterator[None]:
 
 
 def _value(model: Any, loss: Loss, batch: Any) -> Tensor:
-    value = loss(model, batch)
+    value: Any = loss(model, batch)
     if not isinstance(value, Tensor) or value.numel() != 1:
         seen = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"loss(model, batch) must return a scalar tensor; got {seen}.")
     return value.reshape(())
 
 
-def _gradients(
-    value: Tensor, sites: Sequence[Site], *, create_graph: bool = False, flat: bool = False
-) -> list[Tensor]:
+def _gradients(value: Tensor, sites: Sequence[Site], *, create_graph: bool = False, flat: bool = False) -> list[Tensor]:
     parameters = [site.parameter for site in sites]
     if flat and value.grad_fn is None:  # a loss that is linear in the weights has no curvature
         return [torch.zeros_like(p, requires_grad=False) for p in parameters]
@@ -224,19 +228,27 @@ def _ones(value: Any) -> Any:
     if isinstance(value, Tensor):
         return torch.ones_like(value[:1], dtype=torch.float64) if value.is_floating_point() else value[:1]
     if isinstance(value, Mapping):
-        return {key: _ones(item) for key, item in value.items()}
-    return tuple(_ones(item) for item in value) if isinstance(value, tuple | list) else value
+        return {key: _ones(item) for key, item in cast(Mapping[str, Any], value).items()}
+    return tuple(map(_ones, cast(Sequence[Any], value))) if isinstance(value, tuple | list) else value
 
 
 def _call_with(model: nn.Module, tensors: dict[str, Tensor], example: Any) -> Any:
-    return call(lambda *args, **kwargs: functional_call(model, tensors, args, kwargs), example)
+    try:
+        return call(lambda *args, **kwargs: functional_call(model, tensors, args, kwargs), example)
+    except TypeError as error:
+        if not isinstance(example, tuple | list):
+            raise
+        raise ValueError(
+            f"the example is passed as model(*batch), and its {len(cast(Sequence[Any], example))} values do not fit "
+            f"({error}): give inputs without labels, data=[inputs]."
+        ) from error
 
 
 def _sum_outputs(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output.sum()
     if isinstance(output, Mapping):
-        output = output.values()
+        output = cast(Mapping[str, Any], output).values()
     parts = [o for o in output if isinstance(o, Tensor) and o.is_floating_point()]
     if not parts:
         raise ValueError("SynFlow sums the model's outputs, and found no floating-point tensor among them.")

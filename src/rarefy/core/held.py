@@ -5,20 +5,23 @@ gradients reach the optimizer. None means everywhere; usually they are the same 
 
 The gradient is cleared as it accumulates, so that clipping and gradient norms see kept weights only. In a step whose
 dense gradient is wanted, clearing waits for the end of the backward pass (by then a replicated gradient is reduced) and
-the dense gradient is set aside. What later scales the gradient (clipping, unscaling) is read off its kept entries and
-applied to the one set aside.
+the dense gradient is set aside (see `dense`). What later scales the gradient (clipping, unscaling) is read off its kept
+entries and applied to the one set aside; another micro-batch is added to the whole of it.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import weakref
+from collections.abc import Callable
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 
 from rarefy.core import bits
-
+from rarefy.core.dense import Dense
 
 Everywhere = Literal["everywhere"]
 
@@ -53,6 +56,11 @@ def whole(shard_of: Tensor, like: Tensor) -> Tensor:
     return placed.full_tensor()
 
 
+def uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that a compiled training or optimizer step calls as it is, instead of compiling it too."""
+    return cast(Any, torch.compiler).disable(hook)
+
+
 class Held:
     """A parameter under a mask. Its state is data: `keep`, `train`, and for one step at most a dense gradient."""
 
@@ -62,10 +70,11 @@ class Held:
         self.keep: Tensor | None = None
         self.train: Tensor | None = None
         self.wants_dense = False
-        self._dense: Tensor | None = None
-        self._split: tuple[int, int] | None = None  # identity and version of the gradient when it was last cleared
-        self._weight: tuple[int, int] | None = None  # storage and version of the weight after our last look
-        self._hook: Any = None
+        self.remembers = True  # whether anybody will ask if a gradient is clear
+        self.dense: Dense | None = None
+        self._carries = False  # `dense` belongs to the gradient that is being added to
+        self._cleared: tuple[weakref.ref[Tensor], int] | None = None  # the gradient when last cleared, its version
+        self._hooks: list[RemovableHandle] = []
 
     # -- masks ---------------------------------------------------------------------------------------------------
 
@@ -79,120 +88,162 @@ class Held:
             self.train = None
         else:
             self.train = self.keep if train is None or train is keep else self._bytes(train)
-        self._weight = self._split = None
+        self._cleared = None
 
     def _bytes(self, mask: Tensor) -> Tensor | None:
         if bits.count(mask) == mask.numel():
             return None
         return bits.encode(shard(mask, self.parameter), local(self.parameter))
 
-    # -- weights -------------------------------------------------------------------------------------------------
-
     def clear_weight(self) -> None:
-        """+0.0 wherever the mask is false."""
+        """+0.0 wherever the mask is false.
+
+        To be done at every step, whatever the version counter of the weight says: `.data` writes do not move it.
+        """
         if self.keep is not None:
-            bits.clear_(local(self.parameter), self.keep)
-        self.seen_weight()
+            weight = self.parameter
+            bits.clear_(weight if type(weight) is nn.Parameter else local(weight), self.keep)
 
-    def seen_weight(self) -> None:
-        """Remember the weight as known to be clear."""
-        p = self.parameter
-        self._weight = None if isinstance(p, DTensor) else (p.data_ptr(), p._version)
-
-    @property
-    def weight_untouched(self) -> bool:
-        """Whether nothing wrote to the weight since our last look."""
-        return self._weight is not None and self._weight == (self.parameter.data_ptr(), self.parameter._version)
-
-    # -- gradients -----------------------------------------------------------------------------------------------
+    # -- gradients as they accumulate ----------------------------------------------------------------------------
 
     def attach(self) -> None:
-        if self.parameter.requires_grad:
-            self._hook = self.parameter.register_post_accumulate_grad_hook(self._accumulated)
+        """Watch the gradient; of a frozen parameter too, for it may be trained later."""
+        self._hook("register_post_accumulate_grad_hook", self._accumulated)
 
     def detach(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = None
-        self.forget()
+        """Take every hook off again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self.wants_dense = False
+        self.dense = self._cleared = None
 
-    def forget(self) -> None:
-        """Drop what belongs to one step."""
-        self._dense = self._split = None
+    def want_dense(self, wanted: bool) -> None:
+        """Whether the backward passes to come leave their gradient whole, to be set aside."""
+        self.wants_dense = wanted
+        for hook in self._hooks[1:]:
+            hook.remove()
+        del self._hooks[1:]
+        if not wanted:
+            self.dense = None
+        elif self._hooks:
+            self._hook("register_hook", self._accumulating)
+
+    def _hook(self, register: str, hook: Callable[[Tensor], None]) -> None:
+        frozen = not self.parameter.requires_grad
+        self.parameter.requires_grad_(True)  # torch puts hooks on no other
+        self._hooks.append(getattr(self.parameter, register)(uncompiled(hook)))
+        self.parameter.requires_grad_(not frozen)
+
+    def _accumulating(self, incoming: Tensor) -> None:
+        """Before a gradient is added to what is there. What happened to that since (scaling, a reset to zero) is read
+        off its kept part now, while it stands alone. Passes that only ask for gradients come here too.
+        """
+        grad = self.parameter.grad
+        self._carries = grad is not None and self.dense is not None
+        if grad is not None and self.dense is not None:
+            self.dense.follow(local(grad))
 
     def _accumulated(self, parameter: Tensor) -> None:
-        if self.train is None and not self.wants_dense:
-            return
         grad = parameter.grad
-        assert grad is not None
+        if grad is None:
+            raise RuntimeError(
+                f"the gradient of {self.name!r} was taken away inside the backward pass, by a hook that came first "
+                "(an optimizer in the backward pass?): step after backward(), or detach the handle."
+            )
         if self.wants_dense:
-            self._restore(grad)
-            engine = torch.autograd.Variable._execution_engine
-            # Twice: replicas queue their reduction while the pass runs, so the second callback comes after it.
-            engine.queue_callback(lambda: engine.queue_callback(self._set_aside))
-        else:
+            self._accumulated_whole(grad)
+        elif self.train is not None:
             self._clear(grad)
 
-    def _clear(self, grad: Tensor) -> None:
-        if self.train is not None:
-            bits.clear_(local(grad), self.train)
-        self._split = (id(grad), grad._version)
+    def _accumulated_whole(self, grad: Tensor) -> None:
+        if self.dense is not None and (self._carries or self._added_to_shard(grad)):
+            self.dense.put_back(local(grad))  # the sum over micro-batches is to be whole
+        self.dense, self._carries = None, False
+        engine: Any = torch.autograd.Variable._execution_engine  # pyright: ignore[reportPrivateUsage]
+        # Twice: replicas queue their reduction while the pass runs, so the second callback comes after it.
+        engine.queue_callback(uncompiled(lambda: engine.queue_callback(uncompiled(self._set_aside))))
 
-    def _restore(self, grad: Tensor) -> None:
-        """Another micro-batch was added to a gradient already split: put its masked part back, to be reduced whole.
-
-        A single in-place addition moves the version by one; anything else means that the gradient was reset or replaced.
-        """
-        if self._dense is not None and self._split == (id(grad), grad._version - 1) and self.train is not None:
-            with torch.no_grad():
-                bits.clear_(self._dense, ~self.train)
-                local(grad).add_(self._dense)
-        self._dense = self._split = None
+    def _added_to_shard(self, grad: Tensor) -> bool:
+        """Sharded gradients pass `_accumulating` by: a single addition in place moves the version by one."""
+        if self._cleared is None or not isinstance(grad, DTensor):
+            return False
+        of, version = self._cleared
+        return of() is _stored(grad) and _stored(grad)._version == version + 1
 
     def _set_aside(self) -> None:
         grad = self.parameter.grad
-        if grad is None or self._dense is not None:
+        if grad is None or self.dense is not None:
             return
         dense = local(grad).detach().clone()
         if bool(torch.isfinite(dense).all()):  # else leave it whole: a gradient scaler must see the overflow
-            self._dense = dense
-            self._clear(grad)
+            self._split(grad, dense)
 
-    def finalize(self) -> None:
-        """Before the optimizer steps: the gradient is clear, and a wanted dense one is scaled as the kept part was."""
+    def _split(self, grad: Tensor, dense: Tensor) -> None:
+        self.dense = Dense(dense, self.train)
+        self._clear(grad)
+
+    def _clear(self, grad: Tensor) -> None:
+        if self.train is not None:
+            if grad.layout is not torch.strided:
+                raise ValueError(
+                    f"the gradient of {self.name!r} is sparse, so it says nothing about masked weights: "
+                    "give sparse=False to its embedding, or skip it."
+                )
+            bits.clear_(grad if type(grad) is Tensor else local(grad), self.train)
+        if self.remembers:
+            stored = _stored(grad)
+            self._cleared = (weakref.ref(stored), stored._version)
+
+    # -- gradients as they are final -----------------------------------------------------------------------------
+
+    def finalize(self, *, trust: bool) -> None:
+        """Before the optimizer steps: the gradient is clear, and a wanted dense one is scaled as the kept part was.
+
+        trust: whether a gradient that looks untouched since it was cleared may be taken as clear.
+        """
         grad = self.parameter.grad
         if grad is None:
-            return
-        if self.wants_dense and self._dense is None:  # gradients that came without a backward pass into the parameter
-            self._dense = local(grad).detach().clone()
-            self._clear(grad)
-        elif self._split != (id(grad), grad._version):
-            if self._dense is not None:
-                self._scale_dense(local(grad))
+            self.dense = None
+        elif self.wants_dense:
+            self._finalize_dense(grad)
+        elif self.train is not None and not (trust and self._is_clear(grad)):
             self._clear(grad)
 
-    def _scale_dense(self, grad: Tensor) -> None:
-        dense = self._dense
-        if dense is None or self.train is None:
-            self._dense = grad.detach().clone()
-            return
-        kept = dense.clone()
-        bits.clear_(kept, self.train)
-        norm = kept.double().square().sum()
-        if norm > 0:
-            dense.mul_(((kept.double() * grad.double()).sum() / norm).to(dense.dtype))
+    def _finalize_dense(self, grad: Tensor) -> None:
+        if self.dense is not None and not self._is_another(grad, self.dense):
+            self.dense.follow(local(grad))
+            self._clear(grad)
+        elif self.train is None or not self._is_clear(grad):  # it came without a backward pass into the parameter
+            self._split(grad, local(grad).detach().clone())
+
+    def _is_clear(self, grad: Tensor) -> bool:
+        """Whether nothing has visibly written to the gradient since it was cleared."""
+        if self._cleared is None:
+            return False
+        of, version = self._cleared
+        return of() is _stored(grad) and version == _stored(grad)._version
+
+    def _is_another(self, grad: Tensor, dense: Dense) -> bool:
+        """Whether somebody put another gradient in place, and a whole one."""
+        if self._cleared is not None and self._cleared[0]() is _stored(grad):
+            return False
+        return bool(dense.rest(local(grad)).any())
 
     def unscale(self, inverse: Tensor) -> None:
         """Multiply the dense gradient set aside by `inverse` (a fused optimizer unscales inside its kernel)."""
-        if self._dense is not None:
-            self._dense.mul_(inverse)
+        if self.dense is not None:
+            self.dense.whole.mul_(inverse.to(self.dense.whole.device))
 
     def dense_gradient(self) -> Tensor:
         """The whole dense gradient; zeros where the backward pass did not reach the parameter."""
-        if self._dense is not None:
-            return whole(self._dense, self.parameter)
-        if self.wants_dense and self.parameter.grad is None:
+        if self.dense is not None:
+            return whole(self.dense.whole, self.parameter)
+        grad = self.parameter.grad
+        if self.wants_dense and grad is None:
             return torch.zeros(self.parameter.shape, dtype=self.parameter.dtype, device=self.parameter.device)
+        if self.wants_dense and grad is not None and (self.train is None or not self._is_clear(grad)):
+            return full(grad).detach()
         raise RuntimeError(
             f"the dense gradient of {self.name!r} was asked for in a step for which wants_dense_gradient() was false; "
             "it is gathered only where the method announces it before the forward pass."
@@ -203,7 +254,12 @@ class Held:
         grad = self.parameter.grad
         if grad is None:
             return
-        if self._dense is not None:
-            with torch.no_grad():
-                local(grad).copy_(self._dense)
+        if self.dense is not None:
+            self.dense.put_back(local(grad))
+            self.dense.by = self.train
         self._clear(grad)
+
+
+def _stored(grad: Tensor) -> Tensor:
+    """The tensor whose version moves when a gradient is written to."""
+    return grad._local_tensor if isinstance(grad, DTensor) else grad  # pyright: ignore[reportPrivateUsage]

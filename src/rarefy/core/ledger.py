@@ -24,7 +24,7 @@ FORMULA = (
 
 @dataclass
 class Entry:
-    """Counts that hold from `step` on, per site: kept weights and trainable weights; `flips` made by this change."""
+    """Counts that hold from `step` on, per site: kept and trainable weights; `flips`: mask changes since."""
 
     step: int
     kept: list[int]
@@ -34,21 +34,35 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """Exact history of one handle. `sizes` = weights per site; `steps` = completed steps, over all rounds."""
+    """Exact history of one handle. `sizes` = weights per site; `steps` = completed steps, over all rounds.
+
+    >>> ledger = Ledger(["weight"], [100])
+    >>> ledger.record(0, [100], [100], flips=0)
+    >>> ledger.steps = 10
+    >>> ledger.record(10, [20], [20], flips=80)
+    >>> ledger.steps = 40
+    >>> ledger.average_parameters(), ledger.nonzeros
+    (40.0, [(0, 100), (10, 20)])
+    """
 
     names: list[str]
     sizes: list[int]
     dense_backward: bool = False
     steps: int = 0
-    entries: list[Entry] = field(default_factory=list)
-    dense_steps: list[int] = field(default_factory=list)  # steps whose dense gradient was gathered
-    explored_counts: list[int] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list[Entry])
+    dense_steps: list[int] = field(default_factory=list[int])  # steps whose dense gradient was gathered
+    explored_counts: list[int] = field(default_factory=list[int])
 
     def record(self, step: int, kept: Sequence[int], trainable: Sequence[int], flips: int) -> None:
-        """Note the counts after a change of masks; changes within one step become one entry."""
-        if self.entries and self.entries[-1].step == step:
+        """Note the counts after a change of masks; within one step, or where no count moves, no entry is added."""
+        kept, trainable = list(kept), list(trainable)
+        last = self.entries[-1] if self.entries else None
+        if last is not None and last.kept == kept and last.trainable == trainable:
+            last.flips += flips
+            return
+        if last is not None and last.step == step:
             flips += self.entries.pop().flips
-        self.entries.append(Entry(step, list(kept), list(trainable), flips))
+        self.entries.append(Entry(step, kept, trainable, flips))
 
     @property
     def nonzeros(self) -> list[tuple[int, int]]:
@@ -94,12 +108,11 @@ class Ledger:
 
     def _spans(self) -> list[tuple[int, Entry]]:
         """(number of steps, entry that held during them)."""
-        ends = [min(e.step, self.steps) for e in self.entries[1:]] + [self.steps]
-        starts = [0] + [min(e.step, self.steps) for e in self.entries[1:]]
-        return [(b - a, e) for a, b, e in zip(starts, ends, self.entries, strict=True) if b > a]
+        edges = [0, *(min(e.step, self.steps) for e in self.entries[1:]), self.steps]
+        return [(b - a, e) for e, a, b in zip(self.entries, edges, edges[1:], strict=False) if b > a]
 
     def _sparse(self, counts: Sequence[int], measured: Mapping[str, float]) -> float:
-        return sum(measured[n] * k / size for n, k, size in zip(self.names, counts, self.sizes, strict=True))
+        return sum(measured.get(n, 0.0) * k / size for n, k, size in zip(self.names, counts, self.sizes, strict=True))
 
     def _rest(self, measured: Mapping[str, float]) -> float:
         """Layers that are no sites."""
@@ -117,7 +130,7 @@ class Ledger:
 
 
 def rigl_training_flops(sparse: float, dense: float, every: int) -> float:
-    """Training FLOPs of one sample-step of RigL, averaged over ΔT steps and one update: (3 f_S ΔT + 2 f_S + f_D)/(ΔT+1).
+    """Training FLOPs of RigL per sample and step, over ΔT steps and one update: (3 f_S ΔT + 2 f_S + f_D)/(ΔT + 1).
 
     >>> round(rigl_training_flops(0.2, 1.0, 100) / 3, 4)
     0.2026

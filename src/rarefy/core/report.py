@@ -9,8 +9,9 @@ from torch import nn
 
 from rarefy.core import bits, flops, ledger
 from rarefy.core.held import full
+from rarefy.core.live import live_handle
 from rarefy.core.sites import Selector, find_sites
-from rarefy.core.sparsity import Sparsity, live_handle
+from rarefy.core.sparsity import Sparsity
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.axes import Score
+from rarefy.axes import Allocation, Score
+from rarefy.core.choose import How
 from rarefy.core.gradients import curvature_gradients, flow_gradients, loss_gradients, take
 from rarefy.core.sites import Site
 from rarefy.core.sparsity import Sparsity
@@ -29,7 +30,25 @@ def score_sites(
     Raises ValueError when the score needs data or a loss that were not given.
     """
     gradients = _gradients(s, score, batches, temperature, masks)
-    return {site: score(site.weight, gradients.get(site), s.generator) for site in s.sites}
+    return {site: _scored(site.weight, score, gradients.get(site), s.generator) for site in s.sites}
+
+
+def pool_of(score: Score) -> How:
+    """How a unit's scores make one. Of random ones the first stands for all: a mean would favour small edge tiles."""
+    return "first" if score.random else score.pool
+
+
+def random_masks(s: Sparsity, allocation: Allocation, sparsity: float | None) -> dict[Site, Tensor]:
+    """Masks drawn from the handle's generator: every choice of units of a site is equally likely."""
+    score = Score("random")
+    return s.project(score_sites(s, score), allocation, sparsity, pool=pool_of(score))
+
+
+def _scored(weight: Tensor, score: Score, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+    """In the wider type of weight and gradient: the flow of a deep network in half precision needs float64."""
+    if gradient is not None:
+        weight = weight.to(torch.promote_types(weight.dtype, gradient.dtype))
+    return score(weight, gradient, generator)
 
 
 def _gradients(
@@ -52,6 +71,7 @@ def _gradients(
 
 def _remembered(s: Sparsity, batches: int | None) -> Sequence[Any]:
     """The batches, kept as a list so that a generator can be used again within one `begin`."""
-    if not isinstance(s.data, list):
-        s.data = take(s.data, batches)
+    given: Any = s.data
+    if not isinstance(given, list):
+        s.data = take(given, batches)
     return take(s.data, batches)

@@ -6,9 +6,9 @@ import difflib
 import fnmatch
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +37,11 @@ class Site:
     layout: Layout
     index: int = 0
     pattern: Pattern = field(default_factory=Unstructured)
-    followers: list[Held] = field(default_factory=list)
+    followers: list[Held] = field(default_factory=list[Held])
     master: Tensor | None = None
     asked: int | None = None
     explored: Tensor | None = None  # one bit a weight: kept at some time
-    memory: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -180,7 +180,7 @@ def _is_default(name: str, module: nn.Module) -> bool:
 
 def _candidates(model: nn.Module) -> list[_Candidate]:
     found: dict[int, _Candidate] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):  # a shared module goes by all its names
+    for prefix, module in _modules(model):
         for short, parameter in module.named_parameters(recurse=False):
             name = f"{prefix}.{short}" if prefix else short
             if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -188,6 +188,11 @@ def _candidates(model: nn.Module) -> list[_Candidate]:
             if parameter.ndim >= 2:
                 found.setdefault(id(parameter), _Candidate(name, parameter, [])).owners.append((name, module))
     return list(found.values())
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """With their names; a shared module goes by all of them."""
+    return cast(Any, model).named_modules(remove_duplicate=False)
 
 
 def _listed(selectors: Selector | Iterable[Selector] | None) -> list[Selector]:
@@ -232,8 +237,8 @@ def _list(names: Iterable[str]) -> str:
 
 def _refuse_computed(model: nn.Module, only: list[Selector] | None, skip: list[Selector]) -> None:
     """A default layer whose `weight` is no parameter (weight norm, parametrize, torch's prune) cannot hold zeros."""
-    for name, module in model.named_modules():
-        if not isinstance(module, _DEFAULT) or "weight" in module._parameters:
+    for name, module in _modules(model):
+        if not isinstance(module, _DEFAULT) or "weight" in dict(module.named_parameters(recurse=False)):
             continue
         full_name = f"{name}.weight" if name else "weight"
         if only is not None and not any(_matches(s, full_name, module) for s in only):
@@ -241,8 +246,8 @@ def _refuse_computed(model: nn.Module, only: list[Selector] | None, skip: list[S
         if any(_matches(s, full_name, module) for s in skip):
             continue
         raise ValueError(
-            f"{full_name!r} is computed from other parameters (weight norm, a parametrization, torch.nn.utils.prune), so "
-            f"zeros cannot be held in it: remove that first, or skip={name!r}."
+            f"{full_name!r} is computed from other parameters (weight norm, a parametrization, torch.nn.utils.prune): "
+            f"zeros cannot be held in it. Remove that first, or skip={name!r}."
         )
 
 

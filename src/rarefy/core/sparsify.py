@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rarefy.core.choose import refuse_infinite
+from rarefy.core.commit import reshard
 from rarefy.core.followers import find_followers
-from rarefy.core.held import local
+from rarefy.core.held import full, local
+from rarefy.core.live import refuse_second_handle
 from rarefy.core.method import Driver, Method
 from rarefy.core.sites import Selector, find_sites
-from rarefy.core.sparsity import Sparsity, refuse_second_handle
+from rarefy.core.sparsity import Sparsity
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -36,8 +39,9 @@ def sparsify(
         optimizer: one torch optimizer or a sequence; with it the returned handle is attached: zeros stay zeros and the
             method's schedule runs inside the ordinary loop.
         steps: optimizer steps of the whole run; floats in schedules are fractions of it.
-        data: batches for methods that need them: a tensor is passed as model(batch), a tuple as model(*batch), a mapping
-            as model(**batch).
+        data: batches for methods that need them: a tensor is passed as model(batch), a tuple as model(*batch), a
+            mapping as model(**batch). Replicas give the model that DistributedDataParallel wraps, each its own
+            batches: scores are averaged. Otherwise every rank must be given the same batches.
         loss: loss(model, batch) -> scalar tensor, for scores that need gradients.
         only, skip: which weights may be sparse: names, globs, module classes or predicates (name, module) -> bool.
         seed: of everything random here; global seeds are never touched.
@@ -52,28 +56,40 @@ def sparsify(
     0.75
     """
     _refuse_no_method(method)
+    reshard(model)
     sites = find_sites(model, only=only, skip=skip)
     refuse_second_handle(model)
     s = Sparsity(model, method, sites, steps=None, seed=seed)
     _fit_pattern(s, model)
     for site in sites:
-        refuse_infinite(site.name, local(site.parameter).detach(), "weights")
+        refuse_infinite(site.name, full(site.parameter).detach(), "weights")
     if resume is not None:
         s.load_state_dict(resume)
-        _refuse_other_steps(resume, steps)
+        _refuse_other_steps(s, steps)
     else:
         _refuse_missing(method, data, loss)
+    _refuse_unfit(s, optimizer, steps)
+    if resume is None:
         _begin(s, data, loss, steps)
     if optimizer is not None:
         s.attach(optimizer, steps)
     return s
 
 
+def _refuse_unfit(s: Sparsity, optimizer: Any, steps: int | None) -> None:
+    """What `attach` would refuse, while the model is still untouched."""
+    if optimizer is not None:
+        s.fit(optimizer, steps)
+    elif steps is not None:
+        s.checked_steps(steps)
+
+
 def _begin(s: Sparsity, data: Iterable[Any] | None, loss: Loss | None, steps: int | None) -> None:
-    """Choose the first masks; whatever raises leaves the model untouched, since masks are staged until all are known."""
+    """Choose the first masks. Whatever raises leaves the model untouched: masks are staged until all are known."""
     s.steps, s.data, s.loss = steps, data, loss
-    if "master" in s.method.needs:
-        for site in s.sites:
+    for site in s.sites:
+        s.keep(site, torch.ones_like(site.mask))  # what begin() passes over stays dense
+        if "master" in s.method.needs:
             site.master = local(site.parameter).detach().clone()
     try:
         s.method.begin(s)
@@ -90,9 +106,7 @@ def _fit_pattern(s: Sparsity, model: nn.Module) -> None:
         site.pattern = pattern
         reason = pattern.fits(site.pattern_shape)
         if reason is not None:
-            raise ValueError(
-                f"pattern {pattern} does not fit {site.name!r}: {reason} Or leave it out: skip={site.name!r}."
-            )
+            raise ValueError(f"{site.name!r}: {reason} (skip={site.name!r}).")
     if not any(pattern.whole(site.pattern_shape) for site in s.sites):
         shapes = ", ".join(f"{site.name} {site.shape}" for site in s.sites[:4])
         raise ValueError(f"pattern {pattern} has no whole group in any site ({shapes}): choose smaller groups.")
@@ -117,6 +131,6 @@ def _refuse_missing(method: Method, data: Any, loss: Any) -> None:
         raise ValueError(f"{method} needs loss=, a callable loss(model, batch) that returns a scalar tensor.")
 
 
-def _refuse_other_steps(saved: Mapping[str, Any], steps: int | None) -> None:
-    if steps is not None and saved["steps"] is not None and steps != saved["steps"]:
-        raise ValueError(f"steps={steps}, but the saved run has {saved['steps']} steps: give the same number.")
+def _refuse_other_steps(s: Sparsity, steps: int | None) -> None:
+    if "steps" in s.method.needs and None not in (steps, s.steps) and steps != s.steps:
+        raise ValueError(f"steps={steps}, but the saved run has {s.steps} steps: give the same number.")

@@ -12,16 +12,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rarefy.axes import Allocation, Interval, resolve
-from rarefy.core import choose, state
-from rarefy.core.commit import Staged, commit, rebind, reset_masked_state
+from rarefy.core import choose, live, state
+from rarefy.core.commit import Staged, commit, find_parameters, rebind, reset_masked_state, settle
 from rarefy.core.held import Everywhere, Held
 from rarefy.core.ledger import Ledger
 from rarefy.core.method import Method
 from rarefy.core.optimizers import as_sequence, learning_rate, refuse_unfit
+from rarefy.core.replicas import compare_at_first_step
 from rarefy.core.sites import Site, site_hash
 from rarefy.core.watch import Watch
-
-_live: weakref.WeakSet[Sparsity] = weakref.WeakSet()
 
 
 class Sparsity:
@@ -50,6 +49,8 @@ class Sparsity:
         self.ended = False
         self._staged: dict[int, Staged] = {}
         self._watch: Watch | None = None
+        self._release: weakref.finalize[..., Sparsity] | None = None
+        self._replicas: list[Any] = []
 
     # -- what a user reads ---------------------------------------------------------------------------------------
 
@@ -89,26 +90,40 @@ class Sparsity:
         """Watch one or several optimizers, so that zeros stay zeros and the method's schedule runs.
 
         steps: optimizer steps of the whole run; fixed once it has begun. May be called again with a new optimizer;
-        parameters are found anew by name. Raises ValueError for unfit optimizers, missing parameters, or if another live handle holds the same weights.
+        parameters are found anew by name, and masked weights written to meanwhile are zero again. Raises, changing
+        nothing: RuntimeError if this handle has ended or another live one holds the same model, ValueError or TypeError
+        for unfit optimizers, steps and missing parameters. Replicas with different masks raise at the first step.
         """
-        if self.ended:
-            raise RuntimeError("this handle has ended: call rarefy.sparsify again for another run.")
-        optimizers = as_sequence(optimizer)
-        steps = self._checked_steps(steps)
-        rebind(self, self.model)
-        refuse_unfit(optimizers, self.held())
-        refuse_second_handle(self.model, but=self)
+        optimizers, steps, parameters = self.fit(optimizer, steps)
+        live.refuse_second_handle(self.model, but=self)
         self.detach()
+        rebind(self, parameters)
+        settle(self)
         self.steps = steps
+        self._replicas = compare_at_first_step(self, optimizers)
         self._watch = Watch(self, optimizers)
-        _live.add(self)
+        self._release = weakref.finalize(self, _let_go, self.held())
+        self._release.atexit = False
+        live.enter(self)
         reset_masked_state(self)
         return self
 
-    def _checked_steps(self, steps: int | None) -> int | None:
+    def fit(self, optimizer: Any, steps: int | None) -> tuple[tuple[Optimizer, ...], int | None, Mapping[str, Any]]:
+        """Optimizers, steps and parameters as `attach` will take them; raises as it does."""
+        if self.ended:
+            raise RuntimeError("this handle has ended: call rarefy.sparsify again for another run.")
+        optimizers = as_sequence(optimizer)
+        steps = self.checked_steps(steps)
+        parameters = find_parameters(self, self.model)
+        refuse_unfit(optimizers, [Held(name, p) for name, p in parameters.items()])
+        self.method.wants_dense_gradient(self.step, steps)  # schedules that cannot be raise here
+        return optimizers, steps, parameters
+
+    def checked_steps(self, steps: int | None) -> int | None:
+        """`steps`, or those given before. Raises ValueError for what the method cannot run with."""
         steps = self.steps if steps is None else steps
-        if steps is not None and (isinstance(steps, bool) or steps < 0):
-            raise ValueError(f"steps={steps!r}: the number of optimizer steps of the whole run, 0 or more.")
+        if steps is not None and (type(steps) is not int or steps < 0):
+            raise ValueError(f"steps={steps!r}: the number of optimizer steps of the whole run, an int, 0 or more.")
         if "steps" in self.method.needs:
             if steps is None:
                 raise ValueError(f"{self.method} needs steps=, the optimizer steps of the whole run, for its schedule.")
@@ -120,13 +135,17 @@ class Sparsity:
 
     def detach(self) -> None:
         """Stop watching; masks and state stay. Nothing holds zeros any more until `attach`."""
+        for hook in self._replicas:
+            hook.remove()
         if self._watch is not None:
             self._watch.remove()
-        self._watch = None
-        _live.discard(self)
+        if self._release is not None:
+            self._release.detach()
+        self._watch, self._release, self._replicas = None, None, []
+        live.leave(self)
 
     def end(self) -> None:
-        """Finish: exact zeros and a plain model stay behind, and nothing is watched any more. The masks can still be read."""
+        """Finish: exact zeros and a plain model stay behind, nothing is watched any more; masks can still be read."""
         if self.ended:
             return
         self.method.end(self)
@@ -139,19 +158,29 @@ class Sparsity:
         self.ended = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on, as tensors and JSON values: masks one bit a weight, step, generator, memory."""
+        """Everything needed to go on, as tensors and JSON values: masks one bit a weight, step, generator, memory.
+
+        Of a sharded model it is whole, the same on every rank: all of them must call this, and any may save it.
+        """
         return state.dump(self)
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Take over a saved state. Raises ValueError, changing nothing, if it belongs to other sites or another method."""
+        """Take over a saved state; the model must hold the weights of the same moment already.
+
+        Raises ValueError, changing nothing, if the state is damaged or belongs to other sites or another method.
+        """
+        rebind(self, find_parameters(self, self.model))
         state.load(self, saved)
+        if self.ended:
+            self.detach()
+        elif self.attached:
+            self.attach(self.optimizers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sparsity:
         """A copy bound to the copied model (copy both in one deepcopy), attached to nothing."""
         model = copy.deepcopy(self.model, memo)
         twin = Sparsity(model, self.method, state.copied_sites(self.sites, model), steps=self.steps, seed=self.seed)
-        twin.ended = self.ended
-        state.load(twin, copy.deepcopy(state.dump(self)))
+        state.load(twin, state.dump(self), same_weights=False)
         return twin
 
     # -- what a method asks --------------------------------------------------------------------------------------
@@ -162,11 +191,8 @@ class Sparsity:
         mask: boolean, in the parameter's shape. trainable: where gradients reach the optimizer (default: the mask).
         """
         for tensor in (mask, trainable):
-            if isinstance(tensor, Tensor) and (tensor.dtype != torch.bool or tensor.shape != site.parameter.shape):
-                raise ValueError(
-                    f"mask of {site.name!r}: expected bool of shape {tuple(site.parameter.shape)}, "
-                    f"got {tensor.dtype} of {tuple(tensor.shape)}"
-                )
+            if isinstance(tensor, Tensor):
+                _refuse_misfit(site, tensor)
         self._staged[site.index] = (mask, trainable)
 
     def project(
@@ -184,7 +210,7 @@ class Sparsity:
         return choose.project(scores, pool, allocation, sparsity, nested=nested)
 
     def dense_gradient(self, site: Site) -> Tensor:
-        """The gradient at all positions, masked ones too, in steps announced by `wants_dense_gradient`. Finite, or raises."""
+        """The gradient at all positions, in steps announced by `wants_dense_gradient`. Raises unless finite."""
         gradient = site.held.dense_gradient()
         choose.refuse_infinite(site.name, gradient, "gradients")
         return gradient
@@ -232,19 +258,16 @@ class Sparsity:
         return self._watch.optimizers if self._watch is not None else ()
 
 
-def refuse_second_handle(model: nn.Module, but: Sparsity | None = None) -> None:
-    """Raise RuntimeError if another attached handle holds weights of `model`."""
-    theirs = {id(p) for p in model.parameters()}
-    for other in _live:
-        shared = next((h.name for h in other.held() if id(h.parameter) in theirs), None)
-        if other is not but and shared is not None:
-            raise RuntimeError(
-                f"{shared!r} is already held by a live handle ({other!r}): two would undo each other's zeros. "
-                "Call its end() (keeps the zeros) or detach() first."
-            )
+def _refuse_misfit(site: Site, mask: Tensor) -> None:
+    p = site.parameter
+    if (mask.dtype, mask.shape, mask.device) != (torch.bool, p.shape, p.device):
+        raise ValueError(
+            f"mask of {site.name!r}: expected bool of shape {tuple(p.shape)} on {p.device}, "
+            f"got {mask.dtype} of {tuple(mask.shape)} on {mask.device}."
+        )
 
 
-def live_handle(model: nn.Module) -> Sparsity | None:
-    """The attached handle of `model`, if there is one."""
-    theirs = {id(p) for p in model.parameters()}
-    return next((s for s in _live if any(id(h.parameter) in theirs for h in s.held())), None)
+def _let_go(held: Sequence[Held]) -> None:
+    """Nobody can reach the handle any more: its model trains on as a plain one."""
+    for each in held:
+        each.detach()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 
 
 @contextmanager
-def undisturbed(model: nn.Module, seed: int = 0) -> Iterator[None]:
+def undisturbed(model: nn.Module, seed: int = 0) -> Generator[None]:
     """Inside, dropout layers are off, compiled parts run eagerly, and whatever else is random is drawn from `seed`.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
@@ -23,7 +23,7 @@ def undisturbed(model: nn.Module, seed: int = 0) -> Iterator[None]:
     tensor([0., 0.])
     """
     modes = {m: m.training for m in model.modules()}
-    buffers = [(m, name, b, b.clone()) for m in modes for name, b in m._buffers.items() if b is not None]
+    buffers = [(m, name, b, b.clone()) for m in modes for name, b in m.named_buffers(recurse=False)]
     wanted = {p: p.requires_grad for p in model.parameters()}
     with ExitStack() as stack:
         stack.enter_context(_random_state(_accelerators(model), seed))
@@ -46,12 +46,12 @@ def _restore(buffers: Sequence[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
     """The same tensors with the same values, whether they were written to or replaced."""
     with torch.no_grad():
         for module, name, buffer, saved in buffers:
-            module._buffers[name] = buffer
+            setattr(module, name, buffer)
             buffer.copy_(saved)
 
 
 @contextmanager
-def _random_state(devices: Sequence[torch.device], seed: int) -> Iterator[None]:
+def _random_state(devices: Sequence[torch.device], seed: int) -> Generator[None]:
     """Only the generators of the CPU and of `devices`: torch.manual_seed would reach those of every other one too."""
     before = torch.get_rng_state()
     states = {device: _get_state(device) for device in devices}
@@ -81,5 +81,9 @@ def _accelerators(model: nn.Module) -> list[torch.device]:
     return sorted(found, key=str)
 
 
-def _compiled(modules: Mapping[nn.Module, Any]) -> bool:
-    return any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in modules)
+def _compiled(modules: Iterable[nn.Module]) -> bool:
+    return any(type(m).__name__ == "OptimizedModule" or _compiled_call(m) is not None for m in modules)
+
+
+def _compiled_call(module: Any) -> Any:
+    return module._compiled_call_impl  # of module.compile()

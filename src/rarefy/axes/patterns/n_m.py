@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rarefy.axes.patterns.base import Shape, WeightPattern
-from rarefy.axes.top_k import ready, top_k_per_row
+from rarefy.axes.top_k import from_array, ready, top_k_per_row
 from rarefy.axes.value import value
 
 _MOST_RANKED = 64  # beyond, comparing all pairs of a group is slower than selecting (measured); int8 ends at 128
@@ -119,7 +119,7 @@ def _best(groups: Tensor, n: int) -> Tensor:
     if not groups.numel() or m > _MOST_RANKED:
         return top_k_per_row(groups, n)
     flat = groups.reshape(-1)
-    place = torch.from_numpy(np.tile(np.arange(m, dtype=np.int8), len(groups))).to(groups.device)
+    place = from_array(np.tile(np.arange(m, dtype=np.int8), len(groups))).to(groups.device)
     # rank = how many of the group come first, less n: at first all to the left, then corrected pair by pair. Whole
     # vectors are compared with themselves shifted, which crosses groups: `place` takes those pairs out again.
     ranks = place - n
@@ -134,5 +134,5 @@ def _best(groups: Tensor, n: int) -> Tensor:
 def _greater(a: Tensor, b: Tensor) -> Tensor:
     """a > b as int8 0 and 1; numpy's comparison is vectorised where torch's, with a boolean result, is not."""
     if a.device.type == "cpu" and a.dtype in (torch.float32, torch.float64, torch.float16):
-        return torch.from_numpy(np.greater(a.numpy(), b.numpy()).view(np.int8))
+        return from_array(np.greater(a.numpy(), b.numpy()).view(np.int8))
     return (a > b).view(torch.int8)

@@ -4,29 +4,43 @@
 
     mask = argmin over k of loss(model ⊙ mask_k), all candidates of the same size
 
-Its finding is that such sub-networks are neither better nor faster to train than a random one of the same sparsity, so a
-method that searches must beat this one. One candidate is `Random` with the same seed.
+Its finding is that such sub-networks are neither better nor faster to train than a random one of the same sparsity, so
+a method that searches must beat this one. One candidate is `Random` with the same seed.
+
+In the code: mask_k is drawn anew from the state that the generator had before it, so that no K masks are kept.
 
 Deviations: the paper searches over nodes; here over the pattern's units (`pattern="channel"` for nodes).
 """
 
+import math
 from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor
 
-from rarefy.axes import AllocationField, PatternField, Score, Share, value
+from rarefy.axes import AllocationField, PatternField, Share, value
 from rarefy.core.gradients import evaluate_masked, take
 from rarefy.core.method import Method, register
-from rarefy.core.scoring import score_sites
-from rarefy.core.sites import Site
+from rarefy.core.scoring import random_masks
 from rarefy.core.sparsity import Sparsity
 
 
 @register
 @value
 class RandomSearch(Method):
-    """Args: candidates: how many masks are drawn and scored. batches: how many batches score each (None: all)."""
+    """Needs `data`, which must not be the test data, and `loss`.
+
+    Args:
+    candidates: K, how many masks are drawn and scored. batches: how many of `data` score each (None: all).
+
+    >>> import torch, rarefy
+    >>> def loss(model, batch):
+    ...     return model(batch).square().mean()
+    >>> model = torch.nn.Linear(8, 4)
+    >>> sparsity = rarefy.sparsify(model, RandomSearch(sparsity=0.75), data=[torch.ones(2, 8)], loss=loss)
+    >>> int(sparsity.masks["weight"].sum())
+    8
+    """
 
     sparsity: Share | None = None
     candidates: Annotated[int, Field(ge=1)] = 100
@@ -41,13 +55,20 @@ class RandomSearch(Method):
     labels = ("static", "sparse-to-sparse", "simulated")
 
     def begin(self, s: Sparsity) -> None:
-        batches = take(s.data, self.batches)
-        best: tuple[float, dict[Site, Tensor]] | None = None
-        for _ in range(self.candidates):
-            masks = s.project(score_sites(s, Score("random")), self.allocation, self.sparsity)
-            loss = evaluate_masked(s.model, masks, batches, s.loss, seed=s.seed)
-            if best is None or loss < best[0]:
-                best = (loss, masks)
-        assert best is not None
-        for site, mask in best[1].items():
+        s.generator.set_state(self._best(s))
+        for site, mask in random_masks(s, self.allocation, self.sparsity).items():
             s.keep(site, mask)
+
+    def _best(self, s: Sparsity) -> Tensor:
+        """The generator's state before the best candidate; of equal ones before the first."""
+        batches = take(s.data, self.batches)
+        best, least = s.generator.get_state(), math.inf
+        for _ in range(self.candidates):
+            state = s.generator.get_state()
+            masks = random_masks(s, self.allocation, self.sparsity)
+            loss = evaluate_masked(s.model, masks, batches, s.loss, seed=s.seed)
+            if loss < least:
+                best, least = state, loss
+        if not math.isfinite(least):
+            raise ValueError(f"{self}: every candidate has a NaN or infinite loss: look at the data and the weights.")
+        return best

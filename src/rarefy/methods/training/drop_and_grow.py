@@ -5,6 +5,9 @@ the best k of all that are not kept, just-dropped ones included. Counts never ch
 optimizer's initial state; one dropped and regrown in the same update keeps both its value and its state.
 
 SET, RigL, ITOP and GraNet are configurations: their drop score, grow score, α(t), ΔT and where in the step they act.
+
+With a pattern of whole channels mind that a channel grown at zero gets no gradient through a ReLU or a norm whose scale
+is masked with it, so that it stays at zero: prune channels gradually (`GMP`) instead.
 """
 
 from collections.abc import Sequence
@@ -27,7 +30,7 @@ from rarefy.axes import (
 )
 from rarefy.core import choose
 from rarefy.core.method import Method
-from rarefy.core.scoring import score_sites
+from rarefy.core.scoring import pool_of, random_masks
 from rarefy.core.sites import Site
 from rarefy.core.sparsity import Sparsity
 
@@ -35,7 +38,8 @@ from rarefy.core.sparsity import Sparsity
 @value
 class DropAndGrow(Method):
     """Args:
-    drop: "magnitude" drops the smallest |w|; "magnitude_by_sign" the smallest positive and the largest negative ones.
+    drop: "magnitude" drops the smallest |w|; "magnitude_by_sign" the smallest positive and the largest negative ones,
+        each a share α of its side (by magnitude all the same where a unit has several weights).
     grow: "gradient" grows where the dense gradient is largest; "random" anywhere.
     fraction: α(t), the share of kept units exchanged at an update.
     every: ΔT, and until when. `Every(100, until=0.75)`, or an int.
@@ -56,16 +60,21 @@ class DropAndGrow(Method):
     labels = ("dynamic", "sparse-to-sparse", "simulated")
 
     def begin(self, s: Sparsity) -> None:
-        for site, mask in s.project(score_sites(s, Score("random")), self.allocation, self.sparsity).items():
+        for site, mask in random_masks(s, self.allocation, self.sparsity).items():
             s.keep(site, mask)
 
     def wants_dense_gradient(self, step: int, steps: int | None) -> bool:
         return self.grow == "gradient" and self.every.due(step if self.skip_step else step + 1, steps)
 
     def on_gradients(self, s: Sparsity) -> None:
-        if self.skip_step and s.deciding and self.every.due(s.step, s.steps):
+        if not s.deciding or not self.every.due(s.step if self.skip_step else s.step + 1, s.steps):
+            return
+        if self.skip_step:
             self.update(s, s.ready)
             s.skip_optimizer_step()
+        elif self.grow == "gradient":
+            for site in s.ready:
+                s.dense_gradient(site)  # NaN raises here, before the optimizer spreads it
 
     def on_weights(self, s: Sparsity) -> None:
         if not self.skip_step and self.every.due(s.step, s.steps):
@@ -85,18 +94,18 @@ class DropAndGrow(Method):
         return choose.fill(site, keep, self._grow_scores(s, site), n)
 
     def _drop(self, site: Site, active: Tensor, alpha: float) -> Tensor:
-        weight = site.canonical(site.weight)
-        if self.drop == "magnitude" or not site.pattern.elementwise:
-            n = int(active.sum())
-            return top_k(choose.pooled(site, site.weight, "mean_abs"), n - int(alpha * n), among=active)
+        """The units that stay."""
+        by_sign = self.drop == "magnitude_by_sign" and len(active) == site.numel
+        weights = choose.pooled(site, site.weight, "mean" if by_sign else "mean_abs")
+        sides = (active & (weights < 0), active & (weights >= 0)) if by_sign else (active,)
         kept = torch.zeros_like(active)
-        flat = weight.flatten()
-        for side in (active & (flat < 0), active & (flat >= 0)):
+        for side in sides:
             n = int(side.sum())
-            kept |= top_k(flat.abs(), n - int(alpha * n), among=side)
+            kept |= top_k(weights.abs(), n - int(alpha * n), among=side)
         return kept
 
     def _grow_scores(self, s: Sparsity, site: Site) -> Tensor:
         if self.grow == "gradient":
-            return choose.pooled(site, s.dense_gradient(site), "mean_abs")
-        return choose.pooled(site, Score("random")(site.weight, None, s.generator), "mean_abs")
+            return choose.pooled(site, s.dense_gradient(site))
+        random = Score("random")
+        return choose.pooled(site, random(site.weight, None, s.generator), pool_of(random))

@@ -3,8 +3,8 @@
 Liu et al., "Do We Actually Need Dense Over-Parameterization? In-Time Over-Parameterization in Sparse Training", 2021,
 arXiv:2102.02887.
 
-    RigL with half of the weights exchanged (cosine to 0.005 over the whole run), rarer updates that follow the optimizer
-    step, and no early stop; R_s = |∪ₜ Mₜ| / N is `sparsity.ledger.explored`
+    RigL with half of the weights exchanged (cosine to 0.005 over the whole run), rarer updates that follow the
+    optimizer step, and no early stop; R_s = |∪ₜ Mₜ| / N is `sparsity.ledger.explored`
 
 ITOP on random growth is `ITOP(grow="random")`. The paper's intervals (1500 for SET, 4000 for RigL) are for long runs:
 choose one that leaves 30 updates or more.

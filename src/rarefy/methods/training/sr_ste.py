@@ -8,8 +8,8 @@ In the code: W = `site.master`, W̃ = the parameter itself, so (1 − M) ⊙ W i
 straight-through estimator.
 
 Deviations from the authors' code: ties go to the earlier weight (theirs: the later); a last partial group keeps
-ceil(n·length/m). `decoupled=True` applies γλ outside the optimizer, for Adam and its kin, whose normalised gradient makes
-λ vanish otherwise.
+ceil(n·length/m). `decoupled=True` applies γλ outside the optimizer, for Adam and its kin, whose normalised gradient
+makes λ vanish otherwise. The term is added when gradients are final, after clipping (theirs: in the backward pass).
 """
 
 from typing import Annotated
@@ -29,6 +29,13 @@ class SRSTE(Method):
     """Args:
     pattern: n:m usually; any other with its sparsity and allocation.
     decay: λ. decoupled: whether λ acts outside the optimizer, scaled by the learning rate.
+
+    >>> import torch, rarefy
+    >>> model = torch.nn.Linear(8, 4)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> sparsity = rarefy.sparsify(model, SRSTE(pattern="1:4"), optimizer=optimizer)
+    >>> sparsity.masks["weight"].view(4, 2, 4).sum(2)
+    tensor([[1, 1], [1, 1], [1, 1], [1, 1]])
     """
 
     sparsity: Share | None = None
