@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = tyro.extras.subcommand_cli_from_dict(
             commands, prog="rarefy", description="Sparse networks: make them, compare them.", args=argv
         )
+    except BrokenPipeError:  # whoever read the output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("RAREFY_TRACEBACK"):
             raise

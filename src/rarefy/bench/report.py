@@ -45,6 +45,10 @@ def html_page(tables: Sequence[Table]) -> str:
     )
 
 
+_COLOURS = 10  # of the template, before they come again
+_SYMBOLS = ("circle", "diamond", "x", "square")  # one for each time they come
+
+
 def _setting(tables: Sequence[Table], *, first: bool) -> str:
     task = tables[0].task
     title = escape(f"{task['name']} · {task['network']}")
@@ -58,7 +62,7 @@ def _figure(tables: Sequence[Table], axis: str, *, script: bool) -> str:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("the report needs plotly: pip install 'rarefy[bench]'") from error
     figure = go.Figure()
-    for title, rows in _lines(tables).items():
+    for number, (title, rows) in enumerate(_lines(tables).items()):
         rows = sorted(rows, key=lambda row: _place(row, axis))
         figure.add_trace(
             go.Scatter(
@@ -66,6 +70,7 @@ def _figure(tables: Sequence[Table], axis: str, *, script: bool) -> str:
                 y=[row.accuracy.mean for row in rows],
                 error_y={"array": [row.accuracy.half or 0 for row in rows], "width": 3},
                 mode="lines+markers",
+                marker={"symbol": _SYMBOLS[number // _COLOURS % len(_SYMBOLS)], "size": 8},
                 name=title.strip(),
             )
         )
@@ -74,6 +79,7 @@ def _figure(tables: Sequence[Table], axis: str, *, script: bool) -> str:
         yaxis={"title": f"{tables[0].judge} accuracy %, 95 % interval over seeds"},
         template="plotly_white",
         height=460,
+        margin={"t": 30},
     )
     return figure.to_html(full_html=False, include_plotlyjs="inline" if script else False)
 

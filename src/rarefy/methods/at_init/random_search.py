@@ -1,6 +1,6 @@
 """Random search: the best of K random masks, by the loss of the initial weights. The neutral baseline of every search.
 
-"Random Search as a Baseline for Sparse Neural Network Architecture Search", 2024, arXiv:2403.08265.
+Farahani, "Random Search as a Baseline for Sparse Neural Network Architecture Search", 2024, arXiv:2403.08265.
 
     mask = argmin over k of loss(model ⊙ mask_k), all candidates of the same size
 
@@ -50,7 +50,7 @@ class RandomSearch(Method):
 
     needs = frozenset({"data", "loss"})
     stage = "at init"
-    paper = "arXiv:2403.08265 (2024)"
+    paper = "Farahani 2024, arXiv:2403.08265"
     extra_cost = "one forward pass per candidate and batch"
     labels = ("static", "sparse-to-sparse", "simulated")
 
