@@ -5,15 +5,17 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.utils.checkpoint import checkpoint
 
 import rarefy
 from rarefy import Every
-from recorder import checkered, data, loss_of, net, nonzeros, recorded, same
+from recorder import Told, checkered, data, loss_of, net, nonzeros, recorded, same
 
 F64 = torch.float64
 WEIGHTS = ["0.weight", "2.weight"]
@@ -216,6 +218,69 @@ def test_noise_after_clipping_is_in_the_kept_gradient_only() -> None:
             if step % 2:
                 assert same(log.told[-1].dense[name][kept], (expected[name] + 0.5)[kept])
         assert not nonzeros(s)
+
+
+EVENTS = st.sampled_from(["backward", "backward", "backward", "to none", "to zero", "scale", "clip", "step", "step"])
+
+
+@hypothesis.settings(max_examples=80)
+@hypothesis.given(st.lists(EVENTS, min_size=4, max_size=24), st.integers(1, 3))
+def test_any_order_of_events(events: list[str], dense: int) -> None:
+    """Against a plain twin whose gradient is never cleared: what is told is its gradient, and its masked part."""
+    model, twin = net(F64), net(F64)
+    optimizer = sgd(model, momentum=0.0)
+    s, log = recorded(model, optimizer, dense=dense)
+    twin.load_state_dict(model.state_dict())
+    passed = False
+    for number, event in enumerate(events):
+        if event == "backward":
+            for m in (model, twin):
+                loss_of(m, number, F64).backward()
+            passed = True
+        elif event.startswith("to "):
+            for m in (model, twin):
+                m.zero_grad(set_to_none=event == "to none")
+        elif event == "step":
+            told = len(log.told)
+            optimizer.step()
+            assert len(log.told) == told + 1
+            for name in WEIGHTS if passed else ():
+                compare(log.told[-1], name, twin.get_parameter(name).grad)
+            assert not nonzeros(s)
+            for m in (model, twin):
+                m.zero_grad()
+            twin.load_state_dict(model.state_dict())
+        elif model[0].weight.grad is not None:
+            scale(event, model, twin)
+    assert log.moved == list(range(1, events.count("step") + 1))
+
+
+def scale(event: str, model: nn.Module, twin: nn.Module) -> None:
+    """Clip or halve the gradients, and the twin's by the same factor."""
+    whole = plain_of(twin)
+    if event == "clip":
+        norm = total_norm(masked(whole))
+        assert torch.allclose(clip_grad_norm_(model.parameters(), 0.3), norm, rtol=1e-9, atol=1e-15)
+        factor = torch.clamp(0.3 / (norm + 1e-6), max=1.0)
+    else:
+        factor = torch.tensor(0.5, dtype=F64)
+        for p in model.parameters():
+            p.grad.mul_(0.5)
+    for g in whole.values():
+        g.mul_(factor)
+
+
+def compare(told: Told, name: str, expected: Tensor | None) -> None:
+    """Zeros stand for no gradient. Where the kept part is zero the dense one cannot tell by how much it was scaled."""
+    kept = checkered(model_shape(name))
+    whole = torch.zeros(model_shape(name), dtype=F64) if expected is None else expected
+    assert torch.allclose(told.gradients.get(name, torch.zeros_like(whole)), whole * kept, rtol=1e-9, atol=1e-14)
+    if told.dense:
+        assert torch.allclose(told.dense[name], whole, rtol=1e-9, atol=1e-14)
+
+
+def model_shape(name: str) -> tuple[int, int]:
+    return {"0.weight": (8, 6), "2.weight": (4, 8)}[name]
 
 
 # -- given by hand -----------------------------------------------------------------------------------------------------

@@ -93,6 +93,19 @@ def test_a_loaded_state_dict_makes_the_same_model(name: str):
     assert torch.equal(other(batch(0)[0]), run.model(batch(0)[0]))
 
 
+def test_a_copied_optimizer_is_a_plain_one():
+    run = begin(small("RigL"), OPTIMIZERS["AdamW"]).train(3)
+    model, optimizer = copy.deepcopy((run.model, run.optimizers[0]))
+    loaded = pickle.loads(pickle.dumps(run.optimizers[0]))  # noqa: S301
+    for each in (optimizer, loaded):
+        assert not each._optimizer_step_pre_hooks
+        assert not each._optimizer_step_post_hooks
+    masked = zeros(run.model, run.handle)
+    Run(model, (optimizer,), step=3).train(5)
+    assert zeros(model, run.handle) < masked
+    assert run.handle.step == 3
+
+
 # -- compiled --------------------------------------------------------------------------------------------------------
 
 

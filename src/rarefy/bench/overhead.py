@@ -7,6 +7,7 @@ round, so that a machine that slows down slows both. `python -m rarefy.bench.ove
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -161,7 +162,7 @@ def overhead(
     where = environment(threads=threads, flush_denormal=False).model_dump()
     document = {"rows": rows, "steps_per_round": _BLOCK, "rounds": plan, "environment": where}
     write_whole(out, (json.dumps(document, indent=1) + "\n").encode())
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 130)
     if as_json:
         console.print_json(data=document)
     else:

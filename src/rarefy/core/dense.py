@@ -24,9 +24,12 @@ class Dense:
 
         Clipping by norm, unscaling, a reset to zero are scalings; of anything else, the scaling that comes nearest.
         """
-        kept = self._kept(self.whole).double()
+        kept, now = self._kept(self.whole), self._kept(gradient)
+        if torch.equal(kept, now) and bool(kept.count_nonzero()):  # nothing happened to it, as in most steps
+            self.scale = kept.new_ones(())
+            return
+        kept = kept.double()
         square = kept.square().sum()
-        now = self._kept(gradient)
         rest = self.rest(self.whole)
         self.scale = ((kept * now.double()).sum() / square).to(rest.dtype) if square > 0 else None
         self.whole = (rest if self.scale is None else rest.mul_(self.scale)).add_(now)

@@ -49,11 +49,13 @@ def compare_at_first_step(s: rarefy.core.sparsity.Sparsity, optimizers: Sequence
 class _Meeting:
     def __init__(self, s: rarefy.core.sparsity.Sparsity) -> None:
         self.sites = s.sites
-        self.sharded = any(isinstance(site.parameter, DTensor) for site in s.sites)
+        sharded = next((site.parameter for site in s.sites if isinstance(site.parameter, DTensor)), None)
+        ranks = torch.arange(dist.get_world_size()) if sharded is None else sharded.device_mesh.mesh.flatten()
+        self.sharded = sharded is not None
+        self.others = [int(rank) for rank in ranks if int(rank) != dist.get_rank()]
         _meetings[s.site_hash] += 1
         self.topic = f"rarefy/{s.site_hash}/{_meetings[s.site_hash]}"
         self.store: Any = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
-        self.others = [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
         self.mine = _made_from(s) if self.sharded else _digest(_masks(s.sites))
         self.store.set(f"{self.topic}/masks/{dist.get_rank()}", self.mine)
         self.over = False

@@ -92,29 +92,32 @@ class Share:
 
     def leave(self) -> None:
         """Take masters back, unchanged where gradients do not reach, and leave the forward weight in the parameter."""
-        if not self._within:
-            return
+        if self._within:
+            self._take_back()
+            for site in self.masters:
+                site.held.clear_weight()
+
+    def _take_back(self) -> None:
         self._within = False
         with torch.no_grad():
             for site in self.masters:
                 _take_back(site)
-                site.held.clear_weight()
 
-    def settle(self) -> None:
-        """Gradients and masters are back where they were."""
-        for p, grad in self._hidden:
-            p.grad = grad
-        self._hidden.clear()
+    def finish(self) -> None:
+        """The optimizer has worked: put gradients back where they were, take masters back, hold zeros."""
+        self._show()
         if self._within:
-            self.leave()
-
-    def clear(self) -> None:
-        """Hold zeros."""
+            self._take_back()
         for held in self.held:
             held.clear_weight()
         if not self._searched:
             refuse_hidden_copies(self.optimizer, self.held)
             self._searched = True
+
+    def _show(self) -> None:
+        for p, grad in self._hidden:
+            p.grad = grad
+        self._hidden.clear()
 
     def spend(self) -> None:
         """The dense gradients that are there belong to this step."""
@@ -129,10 +132,11 @@ class Share:
 
     def recover(self) -> None:
         """If the last step raised half-way: put forward weights back, and gradients unless there are newer ones."""
-        if self._hidden and any(p.grad is not None for p, _ in self._hidden):
-            self._hidden.clear()
-        if self._hidden or self._within:
-            self.settle()
+        if self._hidden:
+            if any(p.grad is not None for p, _ in self._hidden):
+                self._hidden.clear()
+            self._show()
+        self.leave()
         self.void = False
 
 

@@ -140,12 +140,11 @@ class Watch:
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         share = self._of[id(optimizer)]
-        share.settle()
         share.passed = True
         if share.void:
             share.void = False
         else:
-            share.clear()
+            share.finish()
             self._moved = True
             if self._gathers:
                 share.spend()
