@@ -31,6 +31,11 @@ def decode(keep: Tensor) -> Tensor:
     return differ(keep.contiguous(), torch.zeros((), dtype=torch.int8, device=keep.device))
 
 
+def as_bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers of the entries' width, without a graph: what is +0.0 is 0, and −0.0 is not."""
+    return tensor.detach().view(_WIDTH[tensor.element_size()])
+
+
 def clear_(tensor: Tensor, keep: Tensor) -> None:
     """Set `tensor` to +0.0 in place where `keep` is 0. Any dtype of 1, 2, 4 or 8 bytes; same shape and device.
 
@@ -49,8 +54,8 @@ def _shared(tensor: Tensor) -> bool:
 
 
 def _clear_by_torch(tensor: Tensor, keep: Tensor) -> None:
-    width = _WIDTH[tensor.element_size()]
-    bits = tensor.detach().view(width)
+    bits = as_bits(tensor)
+    width = bits.dtype
     if bits.numel() <= _CHUNK or bits.ndim == 0:
         bits.bitwise_and_(keep.to(width))
         return

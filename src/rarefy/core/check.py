@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from rarefy.core import bits
@@ -11,8 +10,6 @@ from rarefy.core.commit import reshard
 from rarefy.core.held import Held, local
 from rarefy.core.sites import Site
 from rarefy.core.sparsity import Sparsity
-
-_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check(model: nn.Module, sparsity: Sparsity) -> None:
@@ -61,10 +58,8 @@ def _parameters(model: nn.Module, sparsity: Sparsity) -> list[str]:
 def _zeros(held: Held) -> list[str]:
     if held.keep is None:
         return []
-    weight = local(held.parameter).detach()
-    patterns = weight.view(_WIDTH[weight.element_size()])  # bit patterns: −0.0 is not +0.0
     masked = held.keep.eq(0)
-    wrong = bits.count(patterns.ne(0) & masked)
+    wrong = bits.count(bits.as_bits(local(held.parameter)).ne(0) & masked)
     return [f"{held.name}: {wrong} of {bits.count(masked)} masked values are not +0.0"] if wrong else []
 
 
