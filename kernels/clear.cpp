@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "isa.h"
+#include "families.h"
 
 namespace rarefy::RAREFY_NAMESPACE {
 namespace {
@@ -22,6 +22,8 @@ void clear_entries(unsigned char* __restrict x, const std::int8_t* __restrict ma
     }
 }
 
+}  // namespace
+
 int clear(void* x, const std::int8_t* mask, std::size_t n, int width) {
     auto* const bytes = static_cast<unsigned char*>(x);
     switch (width) {
@@ -32,10 +34,5 @@ int clear(void* x, const std::int8_t* mask, std::size_t n, int width) {
         default: return 1;
     }
 }
-
-}  // namespace
-
-extern const Kernels kernels;
-const Kernels kernels = {clear};
 
 }  // namespace rarefy::RAREFY_NAMESPACE

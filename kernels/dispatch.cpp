@@ -3,13 +3,14 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "isa.h"
+#include "chosen.h"
 #include "rarefy.h"
 
 namespace {
 
 // The levels of the x86-64 psABI by those of their features that older compilers can name too; processors with these
-// have the rest. Whether the operating system saves the wide registers is part of the answer.
+// have the rest. v4 is more than the psABI's level: with dot products and expanding loads, so Ice Lake or Zen 4 and
+// later; earlier processors with AVX-512 run v3. Whether the operating system saves the wide registers is part of the answer.
 
 #ifdef RAREFY_HAS_v3
 bool has_v3() {
@@ -22,7 +23,9 @@ bool has_v3() {
 bool has_v4() {
     return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl");
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
+           __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+           __builtin_cpu_supports("avx512vbmi2");
 }
 #endif
 
@@ -68,3 +71,5 @@ int rarefy_abi_version(void) { return RAREFY_ABI_VERSION; }
 const char* rarefy_isa(void) { return chosen.name; }
 
 int rarefy_clear(void* x, const int8_t* mask, size_t n, int width) { return chosen.kernels->clear(x, mask, n, width); }
+
+const rarefy::Kernels& rarefy::chosen_kernels() { return *chosen.kernels; }

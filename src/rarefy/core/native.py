@@ -26,7 +26,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-ABI_VERSION = 1  # of kernels/rarefy.h
+ABI_VERSION = 2  # of kernels/rarefy.h
 _NAME = "librarefy.so"
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})  # a subclass may have its memory elsewhere, or none
 _LOG = logging.getLogger("rarefy")
@@ -51,6 +51,11 @@ def status() -> Status:
     return _load()[0]
 
 
+def library() -> ctypes.CDLL | None:
+    """The whole library, for those who declare the functions that they call; None where it is not in use."""
+    return _load()[1]
+
+
 def clear_(tensor: Tensor, keep: Tensor) -> bool:
     """`bits.clear_` by the compiled kernel, where it can: both on the CPU, of one shape, dense, in one memory order.
 
@@ -67,7 +72,7 @@ def clear_(tensor: Tensor, keep: Tensor) -> bool:
         and _same_walk(tensor, keep)
     ):
         return False
-    kernel = _load()[1]
+    kernel = _load()[2]
     if kernel is None or kernel(tensor.data_ptr(), keep.data_ptr(), tensor.numel(), tensor.element_size()):
         return False
     torch.autograd.graph.increment_version(tensor)
@@ -94,16 +99,16 @@ def _dense(t: Tensor) -> bool:
 
 
 @cache
-def _load() -> tuple[Status, _Clear | None]:
+def _load() -> tuple[Status, ctypes.CDLL | None, _Clear | None]:
     """The library, looked for once a process; says so once where an installed package lacks it."""
     if os.environ.get("RAREFY_NATIVE") == "0":
-        return Status(reason="switched off by RAREFY_NATIVE=0"), None
+        return Status(reason="switched off by RAREFY_NATIVE=0"), None, None
     path, installed = _find()
     if path is None:
         # Whoever runs a source tree that was never installed knows it; whoever installed it expects the kernels.
         reason = f"{_NAME} was not built (installed without a working C++ compiler)" if installed else "not installed"
         _LOG.log(logging.WARNING if installed else logging.INFO, _WITHOUT, reason)
-        return Status(reason=reason), None
+        return Status(reason=reason), None, None
     try:
         library = ctypes.CDLL(str(path))
         abi = int(library.rarefy_abi_version())
@@ -118,7 +123,7 @@ def _load() -> tuple[Status, _Clear | None]:
         _LOG.warning("RAREFY_ISA=%s is none of baseline, v3, v4 or not in this processor: %s is used", asked, isa)
     library.rarefy_clear.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     library.rarefy_clear.restype = ctypes.c_int
-    return Status(path=path, isa=isa), cast(_Clear, library.rarefy_clear)
+    return Status(path=path, isa=isa), library, cast(_Clear, library.rarefy_clear)
 
 
 _WITHOUT = (
@@ -127,9 +132,9 @@ _WITHOUT = (
 )
 
 
-def _unusable(path: Path, reason: str) -> tuple[Status, None]:
+def _unusable(path: Path, reason: str) -> tuple[Status, None, None]:
     _LOG.warning(_WITHOUT, reason)
-    return Status(path=path, reason=reason), None
+    return Status(path=path, reason=reason), None, None
 
 
 def _find() -> tuple[Path | None, bool]:
