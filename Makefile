@@ -11,7 +11,7 @@ SOME    := snip,synflow,set,rigl,gmp,gmp-global,granet
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check lint format types bench-overhead bench-fashion bench-digits clean
+.PHONY: help demo test test-slow sanitize check lint format types bench-overhead bench-fashion bench-digits clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -31,6 +31,13 @@ test: $(STAMP)  ## the whole test suite but its slow part
 
 test-slow: $(STAMP)  ## the slow part: comparisons over seeds, long runs
 	$(PYTEST) -n $(WORKERS) --dist loadfile -q -m slow
+
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1
+sanitize: $(STAMP)  ## the kernels' tests with AddressSanitizer and UBSan
+	$(BIN)/cmake -S . -B build/sanitize -DRAREFY_WERROR=ON -DCMAKE_BUILD_TYPE=None "-DCMAKE_CXX_FLAGS=$(SANITIZE)"
+	$(BIN)/cmake --build build/sanitize --parallel $(WORKERS)
+	RAREFY_LIBRARY=build/sanitize/librarefy.so LD_PRELOAD="$$(c++ -print-file-name=libasan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(BIN)/pytest -q -m "not slow" -p no:cacheprovider tests/kernels
 
 check: lint types test demo  ## all that a change must pass: lint, types, tests, and what the README promises first
 

@@ -27,6 +27,7 @@ MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|opt|tmp|work|mnt|Users)/\w")
 TOLD_TO_ALL = ["*.md", "*.toml", "*.txt", "Makefile", ".ci/run", "kernels/*", "src/**/*.py", "tests/**/*.py"]
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+KERNELS = sorted((REPOSITORY / "kernels").iterdir())
 
 
 def name(path: Path) -> str:
@@ -78,7 +79,7 @@ def test_imports_run_downwards_only(path: Path):
             assert here == there or not {here, there} <= strangers, f"{name(path)}:{line} imports {module}"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name)
+@pytest.mark.parametrize("path", SOURCES + KERNELS, ids=name)
 def test_a_file_is_one_room(path: Path):
     lines = len(path.read_text().splitlines())
     assert lines <= LONGEST_FILE, f"{name(path)} has {lines} lines: would a newcomer find two rooms in it?"
@@ -100,8 +101,9 @@ def test_nothing_is_unpickled(path: Path):
 
 
 def test_tests_mirror_the_tree():
-    """A folder of tests is named as the folder that it tests, and every room has one. `laws` run through all rooms."""
-    tested = {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")} - {Path("laws")}
+    """A folder of tests is named as the folder that it tests, and every room has one. `laws` run through all rooms,
+    `kernels` are beside the package."""
+    tested = {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")} - {Path("laws"), Path("kernels")}
     assert all((PACKAGE / folder).is_dir() for folder in tested), f"no counterpart in src/rarefy for one of {tested}"
     rooms = {path.relative_to(PACKAGE).parts[0] for path in SOURCES if path.parent != PACKAGE}
     assert rooms <= {folder.parts[0] for folder in tested if folder.parts}, f"no tests for a room: {rooms} and {tested}"

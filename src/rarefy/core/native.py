@@ -1,9 +1,10 @@
 """The compiled kernels (`kernels/`): finding, loading and calling them; without them torch does the same, slower.
 
 The library lies in the package where it was installed with a C++ compiler at hand. It is looked for when a kernel is
-first wanted. Two environment variables, read at that time:
+first wanted. Three environment variables, read at that time:
 
 - RAREFY_NATIVE=0 leaves it alone;
+- RAREFY_LIBRARY=/path/to/librarefy.so takes that one (a build with sanitizers, say);
 - RAREFY_ISA=baseline, v3 or v4 picks the instruction set (x86-64-v3: AVX2, x86-64-v4: AVX-512), by default the best
   that the processor has.
 
@@ -139,6 +140,8 @@ def _unusable(path: Path, reason: str) -> tuple[Status, None, None]:
 
 def _find() -> tuple[Path | None, bool]:
     """The library and whether rarefy is installed: beside this package, or where an editable install has put it."""
+    if asked := os.environ.get("RAREFY_LIBRARY"):
+        return Path(asked), True
     here = Path(__file__).parents[1] / _NAME
     if here.is_file():
         return here, True
