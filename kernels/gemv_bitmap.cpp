@@ -1,8 +1,265 @@
-#include "families.h"
+// A bitmap times few tokens: rows are expanded into lanes as they are read, each expansion serves every token.
+//
+// Several rows go side by side, so that they share the activations and hide one another's latency.
+
+#include "expand.h"
+#include "few.h"
 
 namespace rarefy::RAREFY_NAMESPACE {
+namespace {
 
-extern const Algorithm gemv_bitmap[dtypes];
-const Algorithm gemv_bitmap[dtypes] = {{nullptr, nullptr}, {nullptr, nullptr}, {nullptr, nullptr}};
+// Activations: floats; for bf16 weights bf16, where there is an instruction for that; for int8 weights int8.
+template <int D>
+using Entry = Stored<RAREFY_V4 || D != RAREFY_BF16 ? D : RAREFY_F32>;
+
+struct Part {
+    const Job& job;
+    const unsigned char* x;
+    std::int64_t words, token;
+
+    template <int D>
+    const Entry<D>* entries() const {
+        return reinterpret_cast<const Entry<D>*>(x) + token * words * group;
+    }
+    Quantized quantized() const {  // reads only: nothing is written through it
+        return quantized_at(const_cast<unsigned char*>(x), job.tokens, job.weight->cols);
+    }
+    const std::uint64_t* bits(std::int64_t row) const {
+        return static_cast<const std::uint64_t*>(job.weight->index) + row * words;
+    }
+    template <int D>
+    const Stored<D>* values(std::int64_t row) const {
+        return static_cast<const Stored<D>*>(job.weight->values) + job.weight->starts[row];
+    }
+};
+
+#if RAREFY_V4
+
+constexpr int block = 8;  // words of a row that are prefetched together: a line of bits
+
+// Where R rows stand: their bits, their next values, and how far behind these the next rows' are.
+template <int D, int R>
+struct Cursor {
+    const std::uint64_t* bits[R];
+    const Stored<D>* at[R];
+    std::int64_t ahead, lines;  // ahead: values; lines: of the values of one block of words, on average
+
+    Cursor(const Part& part, std::int64_t row) {
+        const rarefy_weight& w = *part.job.weight;
+        for (int r = 0; r < R; ++r) {
+            const std::int64_t here = row + r < w.rows ? row + r : w.rows - 1;  // the last row again: sums unused
+            bits[r] = part.bits(here);
+            at[r] = part.template values<D>(here);
+        }
+        const std::int64_t last = row + R < w.rows ? row + R : w.rows;
+        ahead = static_cast<std::int64_t>(w.starts[last] - w.starts[row]);
+        lines = ahead * static_cast<std::int64_t>(sizeof(Stored<D>)) * block / (64 * R * part.words) + 1;
+    }
+    // Into the second cache: the rows that are being read fill the first.
+    RAREFY_INLINE void prefetch(std::int64_t word, std::int64_t words) const {
+        for (int r = 0; r < R; ++r) {
+            const char* const next = reinterpret_cast<const char*>(at[r] + ahead);
+            for (std::int64_t i = 0; i < lines; ++i) _mm_prefetch(next + 64 * i, _MM_HINT_T1);
+            _mm_prefetch(reinterpret_cast<const char*>(bits[r] + word + R * words), _MM_HINT_T1);
+        }
+    }
+};
+
+// R x T sums, four at a time, to sums[t][row % 16].
+template <int R, int T>
+RAREFY_INLINE void reduce(const __m512 (&acc)[R][T], float (*out)[lanes]) {
+    for (int t = 0; t < T; ++t) {
+        const __m128 four = sums(acc[0][t], acc[1][t], acc[R - 2][t], acc[R - 1][t]);
+        if constexpr (R == 4)
+            _mm_storeu_ps(out[t], four);
+        else
+            _mm_storel_pi(reinterpret_cast<__m64*>(out[t]), four);
+    }
+}
+
+template <int T>
+constexpr int rows_of(int dtype) {
+    return dtype == RAREFY_I8 || T <= 4 ? 4 : 2;
+}
+
+template <int T, bool End>
+void run_rows(const Part& part, std::int64_t row, float (*out)[lanes], Number<RAREFY_F32>) {
+    constexpr int R = rows_of<T>(RAREFY_F32);
+    Cursor<RAREFY_F32, R> c(part, row);
+    const std::int64_t words = part.words, stride = words * group;
+    const float* const x = part.entries<RAREFY_F32>();
+    __m512 acc[R][T];
+    for (auto& of_row : acc)
+        for (auto& a : of_row) a = _mm512_setzero_ps();
+    for (std::int64_t w = 0; w < words; ++w) {
+        if (w % block == 0) c.prefetch(w, words);
+        for (int quarter = 0; quarter < 4; ++quarter) {
+            __m512 in[T];
+            for (int t = 0; t < T; ++t) in[t] = _mm512_loadu_ps(x + t * stride + w * group + quarter * lanes);
+            for (int r = 0; r < R; ++r) {
+                const auto* const bits = reinterpret_cast<const std::uint16_t*>(c.bits[r] + w) + quarter;
+                const __m512 v = expand<End>(mask_at(bits), c.at[r]);
+                c.at[r] += count(*bits);
+                for (int t = 0; t < T; ++t) acc[r][t] = _mm512_fmadd_ps(v, in[t], acc[r][t]);
+            }
+        }
+    }
+    reduce<R, T>(acc, out);
+}
+
+template <int T, bool End>
+void run_rows(const Part& part, std::int64_t row, float (*out)[lanes], Number<RAREFY_BF16>) {
+    constexpr int R = rows_of<T>(RAREFY_BF16);
+    Cursor<RAREFY_BF16, R> c(part, row);
+    const std::int64_t words = part.words, stride = words * group;
+    const bf16* const x = part.entries<RAREFY_BF16>();
+    __m512 acc[R][T];
+    for (auto& of_row : acc)
+        for (auto& a : of_row) a = _mm512_setzero_ps();
+    for (std::int64_t w = 0; w < words; ++w) {
+        if (w % block == 0) c.prefetch(w, words);
+        for (int half = 0; half < 2; ++half) {
+            __m512i in[T];
+            for (int t = 0; t < T; ++t) in[t] = _mm512_loadu_si512(x + t * stride + w * group + half * 32);
+            for (int r = 0; r < R; ++r) {
+                const auto* const bits = reinterpret_cast<const std::uint32_t*>(c.bits[r] + w) + half;
+                const __m512i v = expand<End>(mask_at(bits), c.at[r]);
+                c.at[r] += count(*bits);
+                for (int t = 0; t < T; ++t)
+                    acc[r][t] = _mm512_dpbf16_ps(acc[r][t], reinterpret_cast<__m512bh>(v),
+                                                 reinterpret_cast<__m512bh>(in[t]));
+            }
+        }
+    }
+    reduce<R, T>(acc, out);
+}
+
+// The dot product takes one side without sign: 128 is added to the weights, and the sum starts 128 times the q's lower.
+template <int T, bool End>
+void run_rows(const Part& part, std::int64_t row, float (*out)[lanes], Number<RAREFY_I8>) {
+    constexpr int R = rows_of<T>(RAREFY_I8);
+    Cursor<RAREFY_I8, R> c(part, row);
+    const std::int64_t words = part.words;
+    const Quantized x = part.quantized();
+    const std::int8_t* const q = x.q + part.token * words * group;
+    const float* const scales = x.scales + part.token * words;
+    const std::int32_t* const starts = x.starts + part.token * words;
+    const __m512i sign = _mm512_set1_epi8(-128);
+    __m128 acc[T];
+    for (auto& a : acc) a = _mm_setzero_ps();
+    for (std::int64_t w = 0; w < words; ++w) {
+        if (w % block == 0) c.prefetch(w, words);
+        __m512i v[R];
+        for (int r = 0; r < R; ++r) {
+            v[r] = _mm512_xor_si512(expand<End>(mask_at(c.bits[r] + w), c.at[r]), sign);
+            c.at[r] += count(c.bits[r][w]);
+        }
+        for (int t = 0; t < T; ++t) {
+            const std::int64_t at = t * words + w;
+            const __m512i start = _mm512_zextsi128_si512(_mm_cvtsi32_si128(starts[at]));
+            const __m512i in = _mm512_load_si512(q + at * group);
+            const __m128i sum = sums(_mm512_dpbusd_epi32(start, v[0], in), _mm512_dpbusd_epi32(start, v[1], in),
+                                     _mm512_dpbusd_epi32(start, v[2], in), _mm512_dpbusd_epi32(start, v[3], in));
+            acc[t] = _mm_fmadd_ps(_mm_cvtepi32_ps(sum), _mm_set1_ps(scales[at]), acc[t]);
+        }
+    }
+    for (int t = 0; t < T; ++t) _mm_storeu_ps(out[t], acc[t]);
+}
+
+template <int D, int T>
+void run_slice(const Part& part, std::int64_t row, std::int64_t n, float (&out)[few][lanes]) {
+    constexpr int R = rows_of<T>(D), vector = 64 / static_cast<int>(sizeof(Stored<D>));
+    const rarefy_weight& w = *part.job.weight;
+    for (std::int64_t i = 0; i < n; i += R) {
+        const auto to = reinterpret_cast<float(*)[lanes]>(&out[0][i]);
+        const std::int64_t last = row + i + R < w.rows ? row + i + R : w.rows;
+        if (w.starts[last] + vector <= w.units)
+            run_rows<T, false>(part, row + i, to, Number<D>{});
+        else
+            run_rows<T, true>(part, row + i, to, Number<D>{});
+    }
+}
+
+#else
+
+// One weight after the other, found by its bit. Sums of one word stay apart, so that words overlap.
+template <int D, int T>
+void run_row(const Part& part, std::int64_t row, float* out) {
+    const std::uint64_t* const bits = part.bits(row);
+    const Stored<D>* at = part.values<D>(row);
+    const std::int64_t words = part.words, stride = words * group;
+    float total[T] = {};
+    for (std::int64_t w = 0; w < words; ++w) {
+        if constexpr (D == RAREFY_I8) {
+            const Quantized x = part.quantized();
+            std::int32_t sum[T] = {};
+            for (std::uint64_t left = bits[w]; left != 0; left &= left - 1, ++at)
+                for (int t = 0; t < T; ++t)
+                    sum[t] += *at * x.q[(part.token + t) * stride + w * group + __builtin_ctzll(left)];
+            for (int t = 0; t < T; ++t) total[t] += x.scales[(part.token + t) * words + w] * static_cast<float>(sum[t]);
+        } else {
+            const float* const x = part.entries<D>() + w * group;
+            float sum[T] = {};
+            for (std::uint64_t left = bits[w]; left != 0; left &= left - 1, ++at) {
+                float v;
+                if constexpr (D == RAREFY_BF16)
+                    v = to_float(*at);
+                else
+                    v = *at;
+                for (int t = 0; t < T; ++t) sum[t] += v * x[t * stride + __builtin_ctzll(left)];
+            }
+            for (int t = 0; t < T; ++t) total[t] += sum[t];
+        }
+    }
+    for (int t = 0; t < T; ++t) out[t * lanes] = total[t];
+}
+
+template <int D, int T>
+void run_slice(const Part& part, std::int64_t row, std::int64_t n, float (&out)[few][lanes]) {
+    for (std::int64_t i = 0; i < n; ++i) run_row<D, T>(part, row + i, &out[0][i]);
+}
+
+#endif
+
+template <int D>
+Shared activations(const Job& job) {
+    const std::int64_t cols = padded(job.weight->cols);
+    return shared(job, D == RAREFY_I8 ? quantized_bytes(job.tokens, cols)
+                                      : static_cast<std::size_t>(job.tokens * cols) * sizeof(Entry<D>));
+}
+
+template <int D>
+std::size_t scratch(const Job& job, int threads) {
+    return shared_bytes(activations<D>(job), threads);
+}
+
+template <int D>
+void run(const Job& job, int thread, int threads) {
+    const std::int64_t cols = job.weight->cols;
+    const unsigned char* const x = prepared(
+        job, activations<D>(job), thread, threads, [&](unsigned char* to, std::int64_t first, std::int64_t last) {
+            if constexpr (D == RAREFY_I8) {
+                quantize(*job.x, cols, first, last, quantized_at(to, job.tokens, cols));
+            } else {
+                for (std::int64_t t = first; t < last; ++t)
+                    copy_token(*job.x, t, cols, D == RAREFY_BF16, reinterpret_cast<Entry<D>*>(to) + t * padded(cols));
+            }
+        });
+    share_out(job, threads, [&](std::int64_t first, std::int64_t last, std::int64_t token, int tokens) {
+        const Part part = {job, x, groups_of(cols), token};
+        for (std::int64_t row = first; row < last; row += lanes) {
+            const std::int64_t n = last - row < lanes ? last - row : lanes;
+            float out[few][lanes];
+            with_tokens(tokens, [&](auto t) { run_slice<D, decltype(t)::value>(part, row, n, out); });
+            for (int t = 0; t < tokens; ++t) finish_rows(job, token + t, row, n, load(out[t]));
+        }
+    });
+}
+
+}  // namespace
+
+const Algorithm gemv_bitmap[dtypes] = {{scratch<RAREFY_F32>, run<RAREFY_F32>},
+                                       {scratch<RAREFY_BF16>, run<RAREFY_BF16>},
+                                       {scratch<RAREFY_I8>, run<RAREFY_I8>}};
 
 }  // namespace rarefy::RAREFY_NAMESPACE
