@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from rarefy.core import bits
@@ -9,6 +10,8 @@ from rarefy.core.choose import reachable
 from rarefy.core.commit import reshard
 from rarefy.core.held import Held, local
 from rarefy.core.sites import Site
+from rarefy.core.sparse.site import SparseSite
+from rarefy.core.sparse.structure import Structure
 from rarefy.core.sparsity import Sparsity
 
 
@@ -35,6 +38,7 @@ def check(model: nn.Module, sparsity: Sparsity) -> None:
     if not broken:
         for site in sparsity.sites:
             broken += _mask(site) + [p for held in (site.held, *site.followers) for p in _zeros(held)] + _master(site)
+            broken += _structure(site) if isinstance(site, SparseSite) else []
     if "optimizer" in sparsity.method.needs and not sparsity.attached and not sparsity.ended:
         broken.append("no optimizer is attached, so nothing holds zeros while training: call attach(optimizer, steps)")
     if broken:
@@ -88,6 +92,25 @@ def _mask(site: Site) -> list[str]:
         broken.append(f"{site.name}: {units} units of {site.pattern} are kept, {site.asked} were asked for")
     if not _inside(site.held.keep, site.held.train):
         broken.append(f"{site.name}: gradients do not reach all kept weights")
+    return broken
+
+
+def _structure(site: SparseSite) -> list[str]:
+    """Of a layer that runs sparse: zeros do not exist there, if its arrays are what they should be."""
+    structure, rows = site.structure, site.structure.by_row
+    try:
+        expected = Structure.of_columns(rows.columns, rows.starts, *site.stored_shape)
+    except ValueError as error:
+        return [f"{site.name}: the structure is damaged: {error}"]
+    broken: list[str] = []
+    if len(site.values) != expected.nonzeros:
+        broken.append(f"{site.name}: {len(site.values)} values for {expected.nonzeros} non-zeros")
+    column = structure.by_column
+    same = torch.equal(structure.order, expected.order) and torch.equal(column.columns, expected.by_column.columns)
+    if not same or not torch.equal(column.starts, expected.by_column.starts):
+        broken.append(f"{site.name}: the transposed structure is not that of the weight")
+    if site.layer.waits:
+        broken.append(f"{site.name}: the weights of the moment that was resumed have not been loaded")
     return broken
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rarefy.axes import Allocation, Global, Layer, Pool
 from rarefy.core.sites import Site
+from rarefy.core.sparse.site import SparseSite
 
 How = Pool | Literal["first"]
 """How the scores in a unit become one; "first" takes that of its first weight (one random draw stands for the unit)."""
@@ -75,6 +76,29 @@ def fill(site: Site, keep: Tensor | None, units: Tensor, count: int) -> Tensor:
     """The mask, in the weight's shape, that keeps the units `keep` and the best others up to `count` in all."""
     chosen = site.pattern.fill(keep, units, count, site.pattern_shape)
     return site.restore(site.pattern.spread(chosen, site.pattern_shape))
+
+
+def kept_weights(site: Site, mask: Tensor | None, how: How = "mean_abs") -> Tensor:
+    """Pooled weights of the units that `mask` (None: the present one) keeps, 1-D, in the order of the units."""
+    if isinstance(site, SparseSite):
+        refuse_infinite(site.name, site.values, "weights")
+        return site.pattern.pool(site.values.view(1, -1), "mean" if how == "first" else how)
+    return pooled(site, site.weight, how)[units_of(site, site.mask if mask is None else mask)]
+
+
+def exchanged(site: Site, mask: Tensor | None, stay: Tensor, scores: Iterable[Tensor], how: How = "mean_abs") -> Tensor:
+    """What `s.keep` takes: of the units that `mask` (None: the present one) keeps those in `stay`, and the best others.
+
+    stay: bool, for each kept unit. scores: of all weights in chunks of rows, from the first, as
+    `s.dense_gradient_rows` and `scoring.random_rows` give them. As many units are kept as before.
+    """
+    if isinstance(site, SparseSite):
+        return site.exchanged(stay, (pooled(site, part, how) for part in scores))
+    active = units_of(site, site.mask if mask is None else mask)
+    keep = torch.zeros_like(active)
+    keep[active] = stay
+    (score,) = scores
+    return fill(site, keep, pooled(site, score, how), len(stay))
 
 
 def units_of(site: Site, mask: Tensor) -> Tensor:

@@ -12,12 +12,16 @@ from rarefy.core import bits
 from rarefy.core.held import Everywhere, Held, local, shard
 from rarefy.core.optimizers import owner, reset_state
 from rarefy.core.sites import Site
+from rarefy.core.sparse.linear import SparseLinear
+from rarefy.core.sparse.move import move
+from rarefy.core.sparse.site import SparseSite
 
 if TYPE_CHECKING:
     import rarefy.core.sparsity
 
 Staged = tuple[Tensor, Tensor | Everywhere | None]
-"""A mask, and where gradients reach the optimizer (None: where the mask is true)."""
+"""A mask, and where gradients reach the optimizer (None: where the mask is true). Of a site under sparse execution the
+positions of the kept weights (int64, ascending) stand for the mask."""
 
 
 def commit(s: rarefy.core.sparsity.Sparsity, staged: Mapping[int, Staged]) -> None:
@@ -26,8 +30,13 @@ def commit(s: rarefy.core.sparsity.Sparsity, staged: Mapping[int, Staged]) -> No
     kept = [s.kept(site) for site in s.sites]
     flips = 0
     for index, (mask, trainable) in staged.items():
-        flips += _apply(s, s.sites[index], mask, trainable)
-        kept[index] = bits.count(mask)
+        site = s.sites[index]
+        if isinstance(site, SparseSite):
+            flips += _apply_sparse(s, site, mask)
+            kept[index] = len(mask)
+        else:
+            flips += _apply(s, site, mask, trainable)
+            kept[index] = bits.count(mask)
     s.ledger.record(s.ledger.steps, kept, [_trained(site, kept[site.index]) for site in s.sites], 0 if first else flips)
 
 
@@ -49,7 +58,15 @@ def _apply(s: rarefy.core.sparsity.Sparsity, site: Site, mask: Tensor, trainable
         follow(site, follower, mask)
         _clear(follower)
         _move_state(s, follower, before)
-    _explore(s, site, mask)
+    _note_explored(s, site, site.explored_bits(), bits.pack(mask).cpu())
+    return flips
+
+
+def _apply_sparse(s: rarefy.core.sparsity.Sparsity, site: SparseSite, positions: Tensor) -> int:
+    explored = site.explored_bits()  # without a record, what is kept now
+    flips = move(site, positions, s.optimizers)
+    if flips:
+        _note_explored(s, site, explored, site.structure.bits())
     return flips
 
 
@@ -87,11 +104,9 @@ def reset_masked_state(s: rarefy.core.sparsity.Sparsity) -> None:
             reset_state(optimizer, held, held.train)
 
 
-def _explore(s: rarefy.core.sparsity.Sparsity, site: Site, mask: Tensor) -> None:
-    packed = bits.pack(mask).cpu()
-    site.explored = packed if site.explored is None else site.explored | packed
+def _note_explored(s: rarefy.core.sparsity.Sparsity, site: Site, before: Tensor | None, packed: Tensor) -> None:
     counts = s.ledger.explored_counts or [0] * len(s.sites)
-    counts[site.index] = bits.count_packed(site.explored)
+    counts[site.index] = site.explore(packed if before is None else before | packed)
     s.ledger.explored_counts = counts
 
 
@@ -141,7 +156,10 @@ def rebind(s: rarefy.core.sparsity.Sparsity, parameters: Mapping[str, nn.Paramet
 
 
 def _rebind_site(site: Site, parameters: Mapping[str, nn.Parameter]) -> None:
-    held, new = site.held, parameters[site.name]
+    held, new = site.held, parameters[site.held.name]
+    if isinstance(site, SparseSite):
+        _refuse_other_layer(site, new)
+        return
     if new is held.parameter and _beside(held.keep, new) and _beside(site.master, new, typed=True):
         return
     mask, trainable, master = site.mask.to(new.device), site.trainable.to(new.device), site.weight
@@ -153,6 +171,14 @@ def _rebind_site(site: Site, parameters: Mapping[str, nn.Parameter]) -> None:
     for follower in site.followers:
         follower.parameter = parameters[follower.name]
         follow(site, follower, mask)
+
+
+def _refuse_other_layer(site: SparseSite, new: nn.Parameter) -> None:
+    if new is not site.parameter or site.layer.values is not new or type(site.layer) is not SparseLinear:
+        raise ValueError(
+            f"the layer of {site.name!r} runs sparse, and its values were replaced by another parameter: the structure "
+            "belongs to the layer that was sparsified. Sparsify the new model."
+        )
 
 
 def _beside(tensor: Tensor | None, parameter: nn.Parameter, *, typed: bool = False) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rarefy.core.sparse.linear import SparseLinear
 from rarefy.core.undisturbed import undisturbed
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -45,14 +46,17 @@ def measure(model: nn.Module, example: Any) -> dict[str, float]:
     """
     samples = _samples(example)
     names = {id(p): name for name, p in model.named_parameters()}
+    names |= {
+        id(module.values): f"{prefix}.weight" if prefix else "weight"  # what it is called when it is dense
+        for prefix, module in cast(Any, model).named_modules()
+        if isinstance(module, SparseLinear)
+    }
     by_module: Counter[str] = Counter()
 
     def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        weight = getattr(module, "weight", None)
+        weight = module.values if isinstance(module, SparseLinear) else getattr(module, "weight", None)
         if id(weight) in names and args and isinstance(output, Tensor):
-            by_module[names[id(weight)]] += (
-                2 * module.get_parameter("weight").numel() * _positions(module, args[0], output)
-            )
+            by_module[names[id(weight)]] += 2 * _entries(module) * _positions(module, args[0], output)
 
     kinds = (nn.Linear, *_CONV, *_TRANSPOSED)
     handles = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, kinds)]
@@ -66,6 +70,12 @@ def measure(model: nn.Module, example: Any) -> dict[str, float]:
             handle.remove()
     found = by_module | by_product.found  # the larger of both
     return {name: found[name] / samples for name in names.values() if name in found}
+
+
+def _entries(module: nn.Module) -> int:
+    if isinstance(module, SparseLinear):
+        return module.structure.rows * module.structure.cols
+    return module.get_parameter("weight").numel()
 
 
 def _positions(module: nn.Module, given: Tensor, output: Tensor) -> int:

@@ -25,6 +25,9 @@ class Method(Value):
     paper: ClassVar[str] = ""
     extra_cost: ClassVar[str] = "none"
     labels: ClassVar[tuple[str, ...]] = ("static", "sparse-to-sparse", "simulated")
+    executions: ClassVar[frozenset[str]] = frozenset({"simulated"})
+    """How it can run: "sparse" too where it reads masks, weights and dense gradients by `choose.kept_weights`,
+    `choose.exchanged` and `s.dense_gradient_rows` alone once `begin` is over, and leaves the counts as they are."""
     dense_backward: ClassVar[bool] = False
     """FLOPs convention: whether the gradient of the input is counted as dense (straight-through methods)."""
 

@@ -25,6 +25,9 @@ WEIGHTWISE: frozenset[type[Optimizer]] = frozenset(
 """Optimizers that treat every weight by itself and keep no copy of it: whatever they are given at a masked position
 moves that weight only, which is cleared after the step, and its state, which starts anew if it ever grows."""
 
+ELEMENTWISE: frozenset[type[Optimizer]] = WEIGHTWISE | {_O.ASGD, _O.LBFGS}
+"""Optimizers that give a vector of some of the weights what they give those weights in their matrix."""
+
 _COPIES: dict[type[Optimizer], frozenset[str]] = {_O.ASGD: frozenset({"ax"})}
 _DRIFTING: dict[type[Optimizer], frozenset[str]] = {
     _O.Adamax: frozenset({"exp_inf"}),
@@ -162,6 +165,18 @@ def learning_rate(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> f
     return float(_group_of(optimizer, parameter)["lr"]) if optimizer is not None else 0.0
 
 
+def per_weight(
+    optimizer: Optimizer, parameter: nn.Parameter, shape: torch.Size
+) -> list[tuple[str, Tensor, float | None]]:
+    """(name, state, initial value) of what it keeps for each entry, of this shape; None: a copy of the parameter."""
+    group, copies = _group_of(optimizer, parameter), _named(_COPIES, optimizer)
+    return [
+        (name, value, None if name in copies else _initial(optimizer, name, group))
+        for name, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor) and value.shape == shape and value.ndim > 0 and value.is_floating_point()
+    ]
+
+
 def reset_state(optimizer: Optimizer, item: Held, stay: Tensor) -> None:
     """Initial state wherever the byte mask `stay` is 0: positions whose trainability changed, or (`item.train` itself:
     a state with a past comes in) all that gradients do not reach. That leaves a past under the same masks as it is.
@@ -199,11 +214,27 @@ def _forget_history(optimizer: Optimizer, item: Held, stay: Tensor, comes_in: bo
     """
     parameters = optimizer.param_groups[0]["params"]
     state = optimizer.state.get(parameters[0])
-    if not state or (comes_in and not _took_part(state, parameters, item, stay)):
-        return
+    if state and not (comes_in and not _took_part(state, parameters, item, stay)):
+        forget_history(optimizer)
+
+
+def forget_history(optimizer: Optimizer) -> None:
+    """That of LBFGS, of all parameters; counters stay."""
+    state: dict[str, Any] = optimizer.state.get(optimizer.param_groups[0]["params"][0]) or {}
     for name in [name for name in state if name not in _COUNTERS]:
         del state[name]
-    state["n_iter"] = 0  # what LBFGS goes by; it may be in the middle of a step
+    if state:
+        state["n_iter"] = 0  # what LBFGS goes by; it may be in the middle of a step
+
+
+def forget_misfit(optimizer: Optimizer) -> None:
+    """The history of LBFGS, if it is of parameters of another length than they have now."""
+    parameters: Sequence[Tensor] = optimizer.param_groups[0]["params"]
+    state: dict[str, Any] = optimizer.state.get(parameters[0]) or {}
+    vector = state.get("prev_flat_grad")
+    if isinstance(vector, Tensor) and vector.numel() != sum(p.numel() for p in parameters):
+        forget_history(optimizer)
+    optimizer._numel_cache = None  # type: ignore[attr-defined]  # it counts entries once
 
 
 def _took_part(state: dict[str, Any], parameters: Sequence[Tensor], item: Held, stay: Tensor) -> bool:

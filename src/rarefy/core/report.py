@@ -11,6 +11,7 @@ from rarefy.core import bits, flops, ledger
 from rarefy.core.held import full
 from rarefy.core.live import live_handle
 from rarefy.core.sites import Selector, find_sites
+from rarefy.core.sparse.linear import SparseLinear
 from rarefy.core.sparsity import Sparsity
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def report(
         Row(
             site.name,
             site.kind,
-            tuple(site.parameter.shape),
+            site.stored_shape,
             str(site.pattern) if sparsity is not None else "–",
             site.numel,
             sparsity.kept(site) if sparsity is not None else _nonzero(site.parameter),
@@ -127,7 +128,7 @@ def report(
     ]
     found = Report(
         rows,
-        sum(p.numel() for p in model.parameters()),
+        sum(p.numel() for p in model.parameters()) + sum(_absent(module) for module in model.modules()),
         sum(_nonzero(p) for p in model.parameters()),
         "counted from masks" if sparsity is not None else "counted from values: no handle is known for this model",
     )
@@ -135,6 +136,13 @@ def report(
         found.dense_flops = sum(measured.values())
         found.sparse_flops = found.dense_flops - sum((r.flops or 0.0) * (1 - r.density) for r in rows)
     return found
+
+
+def _absent(module: nn.Module) -> int:
+    """Weights that a layer under sparse execution does without."""
+    if not isinstance(module, SparseLinear):
+        return 0
+    return module.structure.rows * module.structure.cols - module.values.numel()
 
 
 def _nonzero(parameter: nn.Parameter) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from rarefy.axes import Allocation, Score
 from rarefy.core.choose import How
 from rarefy.core.gradients import curvature_gradients, flow_gradients, loss_gradients, take
 from rarefy.core.sites import Site
+from rarefy.core.sparse.site import SparseSite
 from rarefy.core.sparsity import Sparsity
 
 
@@ -42,6 +43,16 @@ def random_masks(s: Sparsity, allocation: Allocation, sparsity: float | None) ->
     """Masks drawn from the handle's generator: every choice of units of a site is equally likely."""
     score = Score("random")
     return s.project(score_sites(s, score), allocation, sparsity, pool=pool_of(score))
+
+
+def random_rows(s: Sparsity, site: Site) -> Iterator[Tensor]:
+    """The score "random" of a site in chunks of rows, from the first; the same draws however they are cut."""
+    random = Score("random")
+    if not isinstance(site, SparseSite):
+        yield random(site.weight, None, s.generator)
+        return
+    for first, last in site.structure.by_row.chunks():
+        yield random(site.values.new_zeros(()).expand(last - first, site.structure.cols), None, s.generator)
 
 
 def _scored(weight: Tensor, score: Score, gradient: Tensor | None, generator: torch.Generator) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rarefy.axes import Layout, Pattern, Unstructured
 from rarefy.core import bits
 from rarefy.core.held import Held, full, local, whole
+from rarefy.core.sparse.linear import SparseLinear
 
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 """A parameter or module name, a glob over either, a module class, or a predicate of (parameter name, module)."""
@@ -50,7 +51,12 @@ class Site:
     @property
     def shape(self) -> tuple[int, ...]:
         """(out, in, *kernel), whatever order the module stores it in."""
-        return tuple(self.layout.canonical(torch.empty(self.parameter.shape, device="meta")).shape)
+        return tuple(self.layout.canonical(torch.empty(self.stored_shape, device="meta")).shape)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of the weight as the module stores it."""
+        return tuple(self.parameter.shape)
 
     @property
     def kind(self) -> str:
@@ -69,6 +75,15 @@ class Site:
     def trainable(self) -> Tensor:
         """Boolean, in the parameter's shape: where gradients reach the optimizer. A fresh tensor."""
         return self._decoded(self.held.train)
+
+    def explored_bits(self) -> Tensor | None:
+        """One bit a weight, as `bits.pack` packs them: kept at some time."""
+        return self.explored
+
+    def explore(self, packed: Tensor) -> int:
+        """Remember these bits as kept at some time; returns how many are set."""
+        self.explored = packed
+        return bits.count_packed(packed)
 
     def _decoded(self, keep: Tensor | None) -> Tensor:
         if keep is None:
@@ -107,7 +122,7 @@ class Site:
     @property
     def pattern_shape(self) -> tuple[int, ...]:
         """The shape in which the pattern sees the weight."""
-        return tuple(self.parameter.shape) if self.pattern.elementwise else self.shape
+        return self.stored_shape if self.pattern.elementwise else self.shape
 
 
 def find_sites(
@@ -149,7 +164,7 @@ def find_sites(
 
 def site_hash(sites: Sequence[Site]) -> str:
     """A short hash of names and shapes: the same list on any machine and version."""
-    listed = [[s.name, list(s.parameter.shape)] for s in sites]
+    listed = [[s.name, list(s.stored_shape)] for s in sites]
     return hashlib.sha256(json.dumps(listed, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
@@ -238,6 +253,8 @@ def _list(names: Iterable[str]) -> str:
 def _refuse_computed(model: nn.Module, only: list[Selector] | None, skip: list[Selector]) -> None:
     """A default layer whose `weight` is no parameter (weight norm, parametrize, torch's prune) cannot hold zeros."""
     for name, module in _modules(model):
+        if isinstance(module, SparseLinear):  # `sparsify` has refused those that a handle may own
+            continue
         if not isinstance(module, _DEFAULT) or "weight" in dict(module.named_parameters(recurse=False)):
             continue
         full_name = f"{name}.weight" if name else "weight"

@@ -15,6 +15,8 @@ from rarefy.core.held import full, local
 from rarefy.core.live import refuse_second_handle
 from rarefy.core.method import Driver, Method
 from rarefy.core.sites import Selector, find_sites
+from rarefy.core.sparse import execute
+from rarefy.core.sparse.execute import Execution
 from rarefy.core.sparsity import Sparsity
 
 Loss = Callable[[Any, Any], Tensor]
@@ -32,6 +34,7 @@ def sparsify(
     skip: Selector | Iterable[Selector] | None = None,
     seed: int = 0,
     resume: Mapping[str, Any] | None = None,
+    execution: Execution = "simulated",
 ) -> Sparsity:
     """Make `model` sparse in place by `method`, now or during the training that follows.
 
@@ -46,6 +49,10 @@ def sparsify(
         only, skip: which weights may be sparse: names, globs, module classes or predicates (name, module) -> bool.
         seed: of everything random here; global seeds are never touched.
         resume: the `state_dict()` of a handle: nothing is chosen and the model is left as it is.
+        execution: "simulated" trains dense tensors that hold zeros. "sparse" trains the non-zeros alone: once masks are
+            chosen the nn.Linear layers of all sites become `SparseLinear` in place, their Parameters (the same objects)
+            the vectors of the values, until `end()`. On the CPU, with elementwise optimizers. A resumed run is made
+            sparse first, then model and optimizer load what they saved.
 
     Returns the handle. Raises ValueError, TypeError or RuntimeError, with the model untouched, on anything that cannot
     be: NaN weights, no site, a pattern that does not fit, missing data, another live handle.
@@ -56,10 +63,12 @@ def sparsify(
     0.75
     """
     _refuse_no_method(method)
+    execute.refuse_sparse_layers(model)
     reshard(model)
     sites = find_sites(model, only=only, skip=skip)
     refuse_second_handle(model)
-    s = Sparsity(model, method, sites, steps=None, seed=seed)
+    execute.refuse(execution, method, model, sites)
+    s = Sparsity(model, method, sites, steps=None, seed=seed, execution=execution)
     _fit_pattern(s, model)
     for site in sites:
         refuse_infinite(site.name, full(site.parameter).detach(), "weights")
@@ -71,6 +80,8 @@ def sparsify(
     _refuse_unfit(s, optimizer, steps)
     if resume is None:
         _begin(s, data, loss, steps)
+    if execution == "sparse" and not s.ended:
+        execute.enter(s, resumed=resume is not None)
     if optimizer is not None:
         s.attach(optimizer, steps)
     return s

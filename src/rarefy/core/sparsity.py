@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from rarefy.core.method import Method
 from rarefy.core.optimizers import as_sequence, learning_rate, refuse_unfit
 from rarefy.core.replicas import compare_at_first_step
 from rarefy.core.sites import Site, site_hash
+from rarefy.core.sparse import execute
+from rarefy.core.sparse.execute import Execution
+from rarefy.core.sparse.site import SparseSite
 from rarefy.core.watch import Watch
 
 
@@ -31,7 +34,14 @@ class Sparsity:
     """
 
     def __init__(
-        self, model: nn.Module, method: Method, sites: Sequence[Site], *, steps: int | None = None, seed: int = 0
+        self,
+        model: nn.Module,
+        method: Method,
+        sites: Sequence[Site],
+        *,
+        steps: int | None = None,
+        seed: int = 0,
+        execution: Execution = "simulated",
     ) -> None:
         self.model = model
         self.method = method
@@ -39,6 +49,7 @@ class Sparsity:
         self.steps = steps
         self.step = 0
         self.seed = seed
+        self.execution: Execution = execution
         self.generator = torch.Generator("cpu").manual_seed(seed)
         self.ledger = Ledger([s.name for s in sites], [s.numel for s in sites], method.dense_backward)
         self.memory: dict[str, Any] = {}
@@ -51,6 +62,7 @@ class Sparsity:
         self._watch: Watch | None = None
         self._release: weakref.finalize[..., Sparsity] | None = None
         self._replicas: list[Any] = []
+        self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # ever attached: they may hold state of the sites
 
     # -- what a user reads ---------------------------------------------------------------------------------------
 
@@ -100,6 +112,8 @@ class Sparsity:
         rebind(self, parameters)
         settle(self)
         self.steps = steps
+        self._known.update(optimizers)
+        execute.take_in(self, optimizers)
         self._replicas = compare_at_first_step(self, optimizers)
         self._watch = Watch(self, optimizers)
         self._release = weakref.finalize(self, _let_go, self.held())
@@ -115,7 +129,10 @@ class Sparsity:
         optimizers = as_sequence(optimizer)
         steps = self.checked_steps(steps)
         parameters = find_parameters(self, self.model)
-        refuse_unfit(optimizers, [Held(name, p) for name, p in parameters.items()])
+        held = [Held(name, p) for name, p in parameters.items()]
+        refuse_unfit(optimizers, held)
+        if self.execution == "sparse":
+            execute.refuse_optimizers(optimizers, held)
         self.method.wants_dense_gradient(self.step, steps)  # schedules that cannot be raise here
         return optimizers, steps, parameters
 
@@ -145,12 +162,17 @@ class Sparsity:
         live.leave(self)
 
     def end(self) -> None:
-        """Finish: exact zeros and a plain model stay behind, nothing is watched any more; masks can still be read."""
+        """Finish: exact zeros and a plain model stay behind, nothing is watched any more; masks can still be read.
+
+        Layers that ran sparse are nn.Linear again, their Parameters (the same objects) dense; state of the optimizers
+        that were attached goes along.
+        """
         if self.ended:
             return
         self.method.end(self)
         self.commit()
         self.detach()
+        execute.leave(self, tuple(self._known))
         for site in self.sites:
             site.master = None
         for held in self.held():
@@ -170,16 +192,20 @@ class Sparsity:
         Raises ValueError, changing nothing, if the state is damaged or belongs to other sites or another method.
         """
         rebind(self, find_parameters(self, self.model))
-        state.load(self, saved)
+        # A run that is about to be made sparse loads its weights afterwards, with their structure.
+        later = self.execution == "sparse" and not saved.get("ended") and not isinstance(self.sites[0], SparseSite)
+        state.load(self, saved, same_weights=not later)
         if self.ended:
             self.detach()
+            execute.leave(self, tuple(self._known))
         elif self.attached:
             self.attach(self.optimizers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sparsity:
         """A copy bound to the copied model (copy both in one deepcopy), attached to nothing."""
         model = copy.deepcopy(self.model, memo)
-        twin = Sparsity(model, self.method, state.copied_sites(self.sites, model), steps=self.steps, seed=self.seed)
+        sites = state.copied_sites(self.sites, model)
+        twin = Sparsity(model, self.method, sites, steps=self.steps, seed=self.seed, execution=self.execution)
         state.load(twin, state.dump(self), same_weights=False)
         return twin
 
@@ -188,11 +214,14 @@ class Sparsity:
     def keep(self, site: Site, mask: Tensor, trainable: Tensor | Everywhere | None = None) -> None:
         """Stage a new mask; all staged masks take effect together once the method's hook has returned.
 
-        mask: boolean, in the parameter's shape. trainable: where gradients reach the optimizer (default: the mask).
+        mask: boolean, in the weight's shape; or what `choose.exchanged` returns. trainable: where gradients reach the
+        optimizer (default: the mask).
         """
         for tensor in (mask, trainable):
             if isinstance(tensor, Tensor):
                 _refuse_misfit(site, tensor)
+        if isinstance(site, SparseSite):
+            mask, trainable = site.positions_of(mask, trainable), None
         self._staged[site.index] = (mask, trainable)
 
     def project(
@@ -214,6 +243,20 @@ class Sparsity:
         gradient = site.held.dense_gradient()
         choose.refuse_infinite(site.name, gradient, "gradients")
         return gradient
+
+    def dense_gradient_rows(self, site: Site) -> Iterator[Tensor]:
+        """The same in chunks of rows, from the first, for `choose.exchanged`; under sparse execution never whole."""
+        if not isinstance(site, SparseSite):
+            yield self.dense_gradient(site)
+            return
+        for rows in site.gradient_rows():
+            choose.refuse_infinite(site.name, rows, "gradients")
+            yield rows
+
+    def require_finite_gradient(self, site: Site) -> None:
+        """Raise ValueError unless the dense gradient of this step is finite, before the optimizer spreads it."""
+        if not isinstance(site, SparseSite) or not site.has_finite_gradient():
+            self.dense_gradient(site)
 
     def skip_optimizer_step(self) -> None:
         """Void the user's optimizer step that is about to happen; it still counts as a step."""
@@ -259,10 +302,12 @@ class Sparsity:
 
 
 def _refuse_misfit(site: Site, mask: Tensor) -> None:
-    p = site.parameter
-    if (mask.dtype, mask.shape, mask.device) != (torch.bool, p.shape, p.device):
+    shape, device = site.stored_shape, site.parameter.device
+    if isinstance(site, SparseSite) and mask.dtype == torch.int64:
+        return  # positions
+    if (mask.dtype, tuple(mask.shape), mask.device) != (torch.bool, shape, device):
         raise ValueError(
-            f"mask of {site.name!r}: expected bool of shape {tuple(p.shape)} on {p.device}, "
+            f"mask of {site.name!r}: expected bool of shape {shape} on {device}, "
             f"got {mask.dtype} of {tuple(mask.shape)} on {mask.device}."
         )
 

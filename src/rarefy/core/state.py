@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from rarefy.core.held import Held, full, shard, whole
 from rarefy.core.ledger import Ledger
 from rarefy.core.method import method_from_dict
 from rarefy.core.sites import Site, site_hash
+from rarefy.core.sparse.linear import SparseLinear
+from rarefy.core.sparse.site import SparseSite
+from rarefy.core.sparse.structure import Structure
 
 if TYPE_CHECKING:
     import rarefy.core.sparsity
@@ -46,8 +49,8 @@ def _dump_site(site: Site) -> dict[str, Any]:
     held = site.held
     saved: dict[str, Any] = {
         "asked": site.asked,
-        "mask": bits.pack(site.mask).cpu(),
-        "explored": None if site.explored is None else site.explored.clone(),
+        "mask": site.structure.bits() if isinstance(site, SparseSite) else bits.pack(site.mask).cpu(),
+        "explored": None if (explored := site.explored_bits()) is None else explored.clone(),
         "memory": copy.deepcopy(site.memory),
     }
     if held.train is not held.keep:
@@ -89,6 +92,11 @@ def load(s: rarefy.core.sparsity.Sparsity, saved: Mapping[str, Any], *, same_wei
 
 
 def _adopt(site: Site, found: _Read, saved: Mapping[str, Any]) -> None:
+    if isinstance(site, SparseSite):
+        site.asked, site.memory = saved["asked"], copy.deepcopy(saved["memory"])
+        if found.explored is not None:
+            site.explore(found.explored)
+        return
     site.held.set(found.mask, found.trainable)
     for follower in site.followers:
         follow(site, follower, found.mask)
@@ -101,7 +109,7 @@ def _read_site(site: Site, saved: Mapping[str, Any], ledger: Ledger) -> _Read:
     missing = [key for key in _SITE_KEYS if key not in saved]
     if missing:
         raise _damaged(f"{site.name!r} lacks {', '.join(missing)}")
-    shape, device = site.parameter.shape, site.parameter.device
+    shape, device = torch.Size(site.stored_shape), site.parameter.device
     mask = _read_mask(site, saved["mask"], "mask")
     trainable = _read_mask(site, saved["trainable"], "trainable") if "trainable" in saved else None
     _refuse_counts(site, mask, saved["explored"], ledger)
@@ -119,7 +127,7 @@ def _read_site(site: Site, saved: Mapping[str, Any], ledger: Ledger) -> _Read:
 def _read_mask(site: Site, packed: Any, what: str) -> Tensor:
     if not isinstance(packed, Tensor):
         raise _damaged(f"the {what} of {site.name!r} is {type(packed).__name__}, not a tensor")
-    return bits.unpack(packed.detach().cpu(), site.parameter.shape)
+    return bits.unpack(packed.detach().cpu(), site.stored_shape)
 
 
 def _refuse_counts(site: Site, mask: Tensor, explored: Tensor | None, ledger: Ledger) -> None:
@@ -192,6 +200,9 @@ def _sites(names: Sequence[str]) -> str:
 
 def _refuse_weights(site: Site, found: _Read) -> None:
     """Raise ValueError if the model's weights are not those of the saved moment, as far as the state can tell."""
+    if isinstance(site, SparseSite):
+        _refuse_structure(site, found)
+        return
     weight = full(site.parameter).detach()
     wrong = int((weight.ne(0) & ~found.mask).sum())
     if wrong:
@@ -209,17 +220,29 @@ def _refuse_weights(site: Site, found: _Read) -> None:
         )
 
 
-def copied_sites(sites: Sequence[Site], model: nn.Module) -> list[Site]:
-    """The same sites on a copy of the model, without masks."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return [
-        replace(
-            site,
-            module=model.get_submodule(site.name.rpartition(".")[0]),
-            held=Held(site.name, parameters[site.name]),
-            followers=[Held(f.name, parameters[f.name]) for f in site.followers],
-            master=None,
-            memory={},
+def _refuse_structure(site: SparseSite, found: _Read) -> None:
+    """A layer that runs sparse brings its structure with its weights."""
+    if not site.structure.same_as(Structure.of_mask(found.mask)) or found.trainable is not None:
+        raise ValueError(
+            f"{site.name!r} runs sparse, and its structure is not the saved mask: "
+            "load the model's own state_dict from the same moment first."
         )
-        for site in sites
-    ]
+
+
+def copied_sites(sites: Sequence[Site], model: nn.Module) -> list[Site]:
+    """The same sites on a copy of the model, without masks but those of layers that run sparse."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return [_copied(site, model.get_submodule(site.name.rpartition(".")[0]), parameters) for site in sites]
+
+
+def _copied(site: Site, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Site:
+    if isinstance(site, SparseSite):
+        return SparseSite.of(replace(site, memory={}), cast(SparseLinear, module))
+    return replace(
+        site,
+        module=module,
+        held=Held(site.name, parameters[site.name]),
+        followers=[Held(f.name, parameters[f.name]) for f in site.followers],
+        master=None,
+        memory={},
+    )

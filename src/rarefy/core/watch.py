@@ -18,6 +18,7 @@ from rarefy.core.commit import reset_masked_state
 from rarefy.core.held import Held, uncompiled
 from rarefy.core.method import Method
 from rarefy.core.share import Share
+from rarefy.core.sparse.execute import refuse_waiting, take_in
 
 if TYPE_CHECKING:
     import rarefy.core.sparsity
@@ -40,6 +41,7 @@ class Watch:
         self._gathers = False  # dense gradients in the backward passes to come
         self._moved = False  # some optimizer has stepped since the last step was complete
         self._past = False  # a state was loaded into an optimizer
+        self._waits = handle.execution == "sparse"  # for weights of a resumed run, perhaps
         self._of = {id(o): Share(o) for o in optimizers}
         self._unowned: list[Held] = []
         self._divide()
@@ -81,9 +83,13 @@ class Watch:
                 "step after backward(), or detach the handle."
             )
         share = self._of[id(optimizer)]
+        if self._waits:
+            refuse_waiting(self.handle.sites)
+            self._waits = False
         if self._past:
             self._past = False
             reset_masked_state(self.handle)
+            take_in(self.handle, self.optimizers)
         share.recover()
         if len(optimizer.param_groups) != share.groups:
             self._divide()

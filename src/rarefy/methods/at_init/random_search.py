@@ -53,6 +53,7 @@ class RandomSearch(Method):
     paper = "Farahani 2024, arXiv:2403.08265"
     extra_cost = "one forward pass per candidate and batch"
     labels = ("static", "sparse-to-sparse", "simulated")
+    executions = frozenset({"simulated", "sparse"})
 
     def begin(self, s: Sparsity) -> None:
         s.generator.set_state(self._best(s))

@@ -53,6 +53,7 @@ class SynFlow(Method):
     paper = "Tanaka et al. 2020, arXiv:2006.05467"
     extra_cost = "100 forward and backward passes on one all-ones sample"
     labels = ("static", "sparse-to-sparse", "simulated")
+    executions = frozenset({"simulated", "sparse"})
 
     def begin(self, s: Sparsity) -> None:
         masks: dict[Site, Tensor] | None = None

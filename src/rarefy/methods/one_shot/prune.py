@@ -38,6 +38,7 @@ class ByScore(Method):
 
     stage = "one shot"
     labels = ("static", "dense-to-sparse", "simulated")
+    executions = frozenset({"simulated", "sparse"})
 
     def begin(self, s: Sparsity) -> None:
         score: Any = self.score

@@ -30,7 +30,7 @@ from rarefy.axes import (
 )
 from rarefy.core import choose
 from rarefy.core.method import Method
-from rarefy.core.scoring import pool_of, random_masks
+from rarefy.core.scoring import pool_of, random_masks, random_rows
 from rarefy.core.sites import Site
 from rarefy.core.sparsity import Sparsity
 
@@ -58,6 +58,7 @@ class DropAndGrow(Method):
     needs = frozenset({"optimizer", "steps"})
     stage = "training"
     labels = ("dynamic", "sparse-to-sparse", "simulated")
+    executions = frozenset({"simulated", "sparse"})
 
     def begin(self, s: Sparsity) -> None:
         for site, mask in random_masks(s, self.allocation, self.sparsity).items():
@@ -74,7 +75,7 @@ class DropAndGrow(Method):
             s.skip_optimizer_step()
         elif self.grow == "gradient":
             for site in s.ready:
-                s.dense_gradient(site)  # NaN raises here, before the optimizer spreads it
+                s.require_finite_gradient(site)
 
     def on_weights(self, s: Sparsity) -> None:
         if not self.skip_step and self.every.due(s.step, s.steps):
@@ -84,28 +85,21 @@ class DropAndGrow(Method):
         """One exchange in each of `sites`."""
         alpha = self.fraction.at(s.step, s.at(self.every.until, "until"))
         for site in sites:
-            s.keep(site, self.exchange(s, site, site.mask, alpha))
+            s.keep(site, self.exchange(s, site, None, alpha))
 
-    def exchange(self, s: Sparsity, site: Site, mask: Tensor, alpha: float) -> Tensor:
-        """The mask after dropping a share alpha of its units and growing as many."""
-        active = choose.units_of(site, mask)
-        n = int(active.sum())
-        keep = self._drop(site, active, alpha)
-        return choose.fill(site, keep, self._grow_scores(s, site), n)
-
-    def _drop(self, site: Site, active: Tensor, alpha: float) -> Tensor:
-        """The units that stay."""
-        by_sign = self.drop == "magnitude_by_sign" and len(active) == site.numel
-        weights = choose.pooled(site, site.weight, "mean" if by_sign else "mean_abs")
-        sides = (active & (weights < 0), active & (weights >= 0)) if by_sign else (active,)
-        kept = torch.zeros_like(active)
-        for side in sides:
-            n = int(side.sum())
-            kept |= top_k(weights.abs(), n - int(alpha * n), among=side)
-        return kept
-
-    def _grow_scores(self, s: Sparsity, site: Site) -> Tensor:
+    def exchange(self, s: Sparsity, site: Site, mask: Tensor | None, alpha: float) -> Tensor:
+        """The mask (None: the present one) after dropping a share alpha of its units and growing as many."""
+        stay = self._stay(site, mask, alpha)
         if self.grow == "gradient":
-            return choose.pooled(site, s.dense_gradient(site))
-        random = Score("random")
-        return choose.pooled(site, random(site.weight, None, s.generator), pool_of(random))
+            return choose.exchanged(site, mask, stay, s.dense_gradient_rows(site))
+        return choose.exchanged(site, mask, stay, random_rows(s, site), pool_of(Score("random")))
+
+    def _stay(self, site: Site, mask: Tensor | None, alpha: float) -> Tensor:
+        """Which of the kept units stay."""
+        by_sign = self.drop == "magnitude_by_sign" and site.pattern.units(site.pattern_shape) == site.numel
+        weights = choose.kept_weights(site, mask, "mean" if by_sign else "mean_abs")
+        stay = torch.zeros_like(weights, dtype=torch.bool)
+        for side in (weights < 0, weights >= 0) if by_sign else (~stay,):
+            n = int(side.sum())
+            stay |= top_k(weights.abs(), n - int(alpha * n), among=side)
+        return stay

@@ -51,6 +51,7 @@ class GraNet(DropAndGrow):
     paper = "Liu et al. 2021, arXiv:2106.10404"
     extra_cost = "one dense gradient every 1000 steps"
     labels = ("dynamic", "dense-to-sparse", "simulated")
+    executions = frozenset({"simulated"})  # the number of kept weights falls
 
     def begin(self, s: Sparsity) -> None:
         refuse_unreachable(s, self.pruning, self.sparsity)
