@@ -12,6 +12,7 @@ from jaxtyping import install_import_hook
 # Before the first import of rarefy, and here only: users pay nothing for the checks. An int is a float, as in PEP 484.
 install_import_hook("rarefy", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
+os.environ["RAREFY_CACHE"] = "0"  # choices measured by an earlier run, on a machine as busy as it was then
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 

@@ -45,6 +45,7 @@ from rarefy.core import (
     report,
     sparsify,
 )
+from rarefy.io import load, save
 from rarefy.methods import (
     GMP,
     IMP,
@@ -63,6 +64,7 @@ from rarefy.methods import (
     SynFlow,
     TopKAST,
 )
+from rarefy.runtime import PackReport, pack, unpack
 
 __version__ = "0.1.0"
 
@@ -95,6 +97,7 @@ __all__ = [
     "Magnitude",
     "Method",
     "OneShot",
+    "PackReport",
     "PerLayer",
     "Prune",
     "Random",
@@ -109,9 +112,13 @@ __all__ = [
     "Unstructured",
     "all_methods",
     "check",
+    "load",
     "method_from_dict",
+    "pack",
     "register",
     "register_score",
     "report",
+    "save",
     "sparsify",
+    "unpack",
 ]
