@@ -3,6 +3,7 @@
 
 PYTHON  ?= python3
 WORKERS ?= 2
+PEERS   ?= .peers
 VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
@@ -11,7 +12,8 @@ SOME    := snip,synflow,set,rigl,gmp,gmp-global,granet
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow sanitize check lint format types bench-overhead bench-fashion bench-digits clean
+.PHONY: help demo test test-slow sanitize check lint format types bench-overhead bench-fashion bench-digits \
+  bench-cpu bench-models bench-training bench-peers clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -62,6 +64,18 @@ bench-digits: $(STAMP)  ## the digits comparison at 95 and 98 %, five seeds
 bench-fashion: $(STAMP)  ## the results table of LeNet-300-100 on Fashion-MNIST, results/fashion-mnist.md
 	$(BIN)/rarefy bench fashion-mnist --methods $(SOME) --sparsities .9,.95,.98 --seeds 5 --out rarefy-fashion-mnist
 	$(BIN)/rarefy report rarefy-fashion-mnist -o results/fashion-mnist.md
+
+bench-cpu: $(STAMP)  ## the kernels beside torch and the peers that bench-peers installed: results/cpu-matrices.*
+	RAREFY_PEERS=$(PEERS) OMP_NUM_THREADS=2 $(BIN)/python -m rarefy.bench.cpu matrices --json results/cpu-matrices.json
+
+bench-models: $(STAMP)  ## whole networks, dense and packed: results/cpu-models.*
+	RAREFY_PEERS=$(PEERS) OMP_NUM_THREADS=2 $(BIN)/python -m rarefy.bench.cpu models --json results/cpu-models.json
+
+bench-training: $(STAMP)  ## training on the non-zeros alone, beside dense training: results/cpu-training.*
+	RAREFY_PEERS=$(PEERS) OMP_NUM_THREADS=2 $(BIN)/python -m rarefy.bench.cpu training --json results/cpu-training.json
+
+bench-peers: $(STAMP)  ## onnxruntime, DeepSparse, sparseprop and llama.cpp, in environments of their own under .peers
+	$(BIN)/python -m rarefy.bench.cpu peers install $(PEERS)
 
 clean:  ## remove .venv, caches and build products; results stay
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

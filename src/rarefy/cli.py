@@ -1,4 +1,4 @@
-"""The command line: `rarefy demo | methods | bench | report`.
+"""The command line: `rarefy demo | methods | bench | speed | report`.
 
 Tables go to the output stream, or with `--json` one JSON document; progress and problems go to the error stream. A
 mistake of the user is one line there and exit code 2 (RAREFY_TRACEBACK=1 shows where it was raised); runs that failed
@@ -24,11 +24,13 @@ except ModuleNotFoundError as missing:
 from rarefy.bench.files import write_whole
 from rarefy.bench.leaderboard import Table, make_tables
 from rarefy.bench.lineup import DEMO, known_names, method_class, parse_names
-from rarefy.bench.progress import bar
+from rarefy.bench.progress import bar, tracked
 from rarefy.bench.report import write_report
 from rarefy.bench.results import CONTROLS, Control, load_results
 from rarefy.bench.runner import Outcome, run_all, settings
 from rarefy.bench.runs import sweep
+from rarefy.bench.speed import Demonstrated, demonstrate, load_subject
+from rarefy.bench.speed import speed as run_speed
 from rarefy.bench.store import Store
 from rarefy.bench.tables import markdown, rich_table
 from rarefy.bench.tasks import Task, parse_task
@@ -40,16 +42,17 @@ AsJson = Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOf
 
 _NEXT = """What to try next:
   rarefy bench digits --methods {methods} --sparsities .95,.98 --seeds 5 --controls shuffled,small_dense
+  rarefy speed mlp-1024 --sparsity .9     dense against packed on this machine, and what was chosen
   rarefy report {out} -o report.html      accuracy against density and training FLOPs, as a page
   rarefy methods                          all methods, what they need and cost"""
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command in `argv`, by default the process's own, and exit with its code."""
-    commands = {"demo": demo, "methods": methods, "bench": bench, "report": report}
+    commands = {"demo": demo, "methods": methods, "bench": bench, "speed": speed, "report": report}
     try:
         code = tyro.extras.subcommand_cli_from_dict(
-            commands, prog="rarefy", description="Sparse networks: make them, compare them.", args=argv
+            commands, prog="rarefy", description="Sparse networks: make them, compare them, run them.", args=argv
         )
     except BrokenPipeError:  # whoever read the output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -78,7 +81,13 @@ def demo(
         as_json: the table as JSON.
     """
     task = parse_task("digits", steps=steps)
-    outcome = _compare(task, list(DEMO), [0.95], seeds, [], out, None, threads, as_json)
+    data = task.load(None)
+    runs = sweep(task, DEMO, [0.95], seeds, [])
+    with settings(threads) as environment, bar() as progress:
+        outcome = run_all(runs, Store(out, data, environment), progress)
+        table = next(iter(make_tables(outcome.results)), None)
+        packed = None if table is None else demonstrate(table, runs, data)
+    _show(make_tables(outcome.results), outcome, as_json, packed)
     if not as_json:
         print("\n" + _NEXT.format(methods=",".join(DEMO), out=out))
     return 1 if outcome.failures else 0
@@ -121,6 +130,40 @@ def bench(
         value, parse_names(methods), shares, seeds, chosen, out or Path(f"rarefy-{task}"), data, threads, as_json
     )
     return 1 if outcome.failures else 0
+
+
+def speed(
+    target: tyro.conf.Positional[str] = "digits-mlp",
+    sparsity: float = 0.9,
+    batch: str = "1",
+    dtype: Literal["bfloat16"] | None = None,
+    quantize: Literal["int8"] | None = None,
+    threads: int | None = None,
+    as_json: AsJson = False,
+) -> int:
+    """Pack a network for this machine and say what was chosen, and how fast it is: dense against packed, interleaved.
+
+    Args:
+        target: digits-mlp, lenet-300-100, mlp-1024, mlp-4096 or pointwise-256, or a safetensors file, whose matrices
+            are timed one after another.
+        sparsity: share of zeros of a built-in network; files have their own.
+        batch: numbers of samples, separated by commas.
+        dtype: bfloat16 casts the weights.
+        quantize: int8 quantises them.
+        threads: of the processor; by default what torch would use.
+        as_json: the report as JSON.
+    """
+    subject = load_subject(target, sparsity)
+    sizes = [_whole(text, "--batch") for text in batch.split(",") if text.strip()]
+    with tracked("measuring") as progress:
+        found = run_speed(subject, batches=sizes, dtype=dtype, quantize=quantize, threads=threads, progress=progress)
+    if as_json:
+        _print_json({"network": subject.name, "batches": sizes, **found.to_dict()})
+        return 0
+    console = _console()
+    console.print(f"{subject.name}, batch {', '.join(map(str, sizes))}", style="bold")
+    console.print(found)
+    return 0
 
 
 def methods(as_json: AsJson = False) -> int:
@@ -191,15 +234,18 @@ def _compare(
     return outcome
 
 
-def _show(tables: Sequence[Table], outcome: Outcome, as_json: bool) -> None:
+def _show(tables: Sequence[Table], outcome: Outcome, as_json: bool, packed: Demonstrated | None = None) -> None:
     if as_json:
         listed = [{"heading": heading(t), **t.to_dict(), "sentences": sentences(t)} for t in tables]
         read = len(outcome.results) - outcome.made
-        _print_json({"tables": listed, "made": outcome.made, "read": read, "failures": outcome.failures})
+        said = {"tables": listed, "made": outcome.made, "read": read, "failures": outcome.failures}
+        _print_json(said if packed is None else {**said, "packed": packed.to_dict()})
         return
     console = _console()
     for table in tables:
         console.print(rich_table(table), "")
+    if packed is not None:
+        console.print(str(packed), markup=False, highlight=False)
     for failure in outcome.failures:
         console.print(f"Failed: {failure}", markup=False, highlight=False)
 
@@ -222,6 +268,13 @@ def _share(text: str) -> float:
         return float(text)
     except ValueError:
         raise ValueError(f"--sparsities: {text!r} is no number; write shares of zeros, such as .9,.95") from None
+
+
+def _whole(text: str, option: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{option}: {text!r} is no whole number; write numbers such as 1,32") from None
 
 
 def _control(text: str) -> Control:

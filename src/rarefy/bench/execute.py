@@ -23,7 +23,7 @@ from rarefy.core.flops import measure
 from rarefy.core.method import Driver
 from rarefy.core.sites import find_sites
 
-__all__ = ["Masks", "execute", "pack_masks", "unpack_masks"]
+__all__ = ["Masks", "execute", "pack_masks", "trained", "unpack_masks"]
 
 _PER_CLASS = 10  # of the one batch on which masks are scored before training
 
@@ -52,6 +52,13 @@ def execute(
         environment=environment,
     )
     return result, masks
+
+
+def trained(run: Run, data: Data) -> Trained:
+    """The network of a run, trained as `execute` does it, for those who want the network itself. Controls need more."""
+    found = _train(_Job(run, data, lambda _: None), None)
+    found.sparsity.end()
+    return found
 
 
 def pack_masks(masks: Masks) -> bytes:

@@ -1,6 +1,6 @@
 """A progress bar with time left, on the error stream: results stay alone on the output stream."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rarefy.bench.runner import Reporter
 from rarefy.bench.runs import Run
 
-__all__ = ["Bar", "bar"]
+__all__ = ["Bar", "bar", "tracked"]
 
 
 class Bar(Reporter):
@@ -46,3 +46,17 @@ def bar() -> Iterator[Bar]:
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield Bar(progress)
+
+
+@contextmanager
+def tracked(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """What to call with (done, all, name of the next): a bar moves on a terminal, and is gone after the block."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=None)
+
+        def tell(done: int, count: int, name: str) -> None:
+            progress.update(task, completed=done, total=count, description=f"{title} {name}")
+
+        yield tell
