@@ -116,6 +116,28 @@ inline void order_rows(Tile& tile, std::uint16_t* order) {
     }
 }
 
+// All panels of a tile, with block `b` of the slab.
+RAREFY_INLINE void multiply_tile(const Job& job, const Cut& c, const Slab& slab, std::int64_t b, const Tile& tile,
+                                 int vectors, float* sums) {
+    const int block = job.weight->block;
+    for (std::int64_t p = 0; p < c.panels; ++p) {
+        const std::int64_t column = tile.relative ? p * c.panel : 0;
+        if (c.dot)
+            dot_panel(tile, block, p, slab.dot_block(b) + column * dot_width(vectors), vectors, sums);
+        else
+            multiply_panel(tile, block, p, slab.block(b) + column * vectors * lanes, vectors,
+                           c.groups > 0 ? slab.group_scales(p, b) : nullptr, sums);
+    }
+}
+
+inline void finish_any(const Job& job, const float* sums, std::int64_t row, std::int64_t rows, std::int64_t token,
+                       std::int64_t tokens, int vectors, const float* start) {
+    if (job.y->dtype == RAREFY_BF16)
+        finish<bf16>(job, sums, row, rows, token, tokens, vectors, start);
+    else
+        finish<float>(job, sums, row, rows, token, tokens, vectors, start);
+}
+
 // `Decode` brings block rows [first, first + count) into a Tile.
 template <typename Decode>
 inline void spmm_tile(const Job& job, const Cut& c, const Slab& slab, std::int64_t at, unsigned char* own,
@@ -139,76 +161,82 @@ inline void spmm_tile(const Job& job, const Cut& c, const Slab& slab, std::int64
     const std::int64_t row = first * w.block, rows = at_most(tile.count * w.block, w.rows - row);
     for (std::int64_t b = 0; b < slab.blocks.count; ++b) {
         const int vectors = slab.blocks.width(b);
-        for (std::int64_t p = 0; p < c.panels; ++p) {
-            const std::int64_t column = tile.relative ? p * c.panel : 0;
-            if (c.dot)
-                dot_panel(tile, w.block, p, slab.dot_block(b) + column * dot_width(vectors), vectors, sums);
-            else
-                multiply_panel(tile, w.block, p, slab.block(b) + column * vectors * lanes, vectors,
-                               c.groups > 0 ? slab.group_scales(p, b) : nullptr, sums);
-        }
+        multiply_tile(job, c, slab, b, tile, vectors, sums);
         float* const spare = sums + c.tile * w.block * vectors * lanes;
         const float* const start = start_of_sums(slab, c, b, spare);
         const std::int64_t token = slab.blocks.first(b) * lanes, tokens = slab.blocks.tokens - token;
-        if (job.y->dtype == RAREFY_BF16)
-            finish<bf16>(job, sums, row, rows, slab.token + token, tokens, vectors, start);
-        else
-            finish<float>(job, sums, row, rows, slab.token + token, tokens, vectors, start);
+        finish_any(job, sums, row, rows, slab.token + token, tokens, vectors, start);
     }
 }
 
 // The other way to share work: every thread takes whole blocks of tokens, which it packs for itself, so that no two
-// cores write and read the same lines. Where the blocks can be dealt out evenly, and the units are used as they are
-// stored.
+// cores write and read the same lines. Where the blocks can be dealt out evenly.
 inline bool takes_blocks(const Job& job, const Cut& c, int threads) {
     const std::int64_t count = blocks_of(job.tokens, c.widest).count;
     const rarefy_weight& w = *job.weight;
-    if (w.form != RAREFY_INDEX16 || w.dtype != RAREFY_F32) return false;
+    if (w.dtype != RAREFY_F32 && !c.dot) return false;
     if (count % threads != 0 && count < 4 * threads) return false;
     // Every thread reads the whole weight for each of its blocks: where a block of x stays in the second-level cache,
     // or the weight in the third.
     return w.cols * c.widest * lanes * 4 <= (384 << 10) || w.units * (2 + 4 * w.block) <= (6 << 20);
 }
 
-// Bounds of all block rows, and the order of every tile; then one packed block and the sums of a tile per thread.
+// Of all tiles: themselves, their bounds and orders, columns and values where those are not used as they are stored.
+// Then one packed block and the sums of a tile for each thread.
 struct Whole {
-    std::size_t bounds, order, packed, sums;
-    std::size_t shared() const { return bounds + order; }
+    std::size_t tiles, bounds, order, columns, paired, values, packed, sums;
+    std::size_t shared() const { return tiles + bounds + order + columns + paired + values; }
     std::size_t own() const { return packed + sums; }
 };
 
+constexpr std::int64_t spare_columns = 64;  // of a tile: the bitmap's are written 32 at a time
+
 inline Whole whole(const Job& job, const Cut& c) {
     const rarefy_weight& w = *job.weight;
-    const std::int64_t rows = c.tiles * c.tile, width = c.widest * lanes;
-    return {lines(rows * (c.panels + 1) * 4), c.ordered ? lines(rows * c.panels * 2) : 0, lines(w.cols * width * 4),
-            lines(c.tile * w.block * width * 4)};
+    const std::int64_t rows = c.tiles * c.tile, width = c.widest * lanes, padded = w.units + rows * c.panels + 2;
+    Whole size{};
+    size.tiles = lines(c.tiles * static_cast<std::int64_t>(sizeof(Tile)));
+    size.bounds = lines(rows * (c.panels + 1) * 4);
+    size.order = c.ordered ? lines(rows * c.panels * 2) : 0;
+    size.columns = w.form == RAREFY_BITMAP ? lines((w.units + (c.tiles + 1) * spare_columns) * 2) : 0;
+    size.paired = c.dot ? lines(padded * 2 + 64) : 0;
+    size.values = c.dot ? lines(padded * w.block * 2) : 0;
+    size.packed = lines(w.cols * width * 4);
+    size.sums = lines(c.tile * w.block * width * 4);
+    return size;
+}
+
+// Brings tile `at` into the shape that is multiplied, in its part of the shared memory.
+template <typename Decode>
+inline void ready_tile(const Job& job, const Cut& c, const Whole& size, std::int64_t at, const Decode& decode) {
+    const rarefy_weight& w = *job.weight;
+    const std::int64_t first = at * c.tile, unit = w.starts[first];
+    const std::int64_t padded = (unit + first * c.panels + 1) / 2 * 2;  // pairs: a tile takes an even number
+    unsigned char* memory = job.scratch;
+    Tile& tile = reinterpret_cast<Tile*>(memory)[at];
+    tile = Tile{};
+    tile.panels = c.panels;
+    tile.count = at_most(c.tile, (w.rows + w.block - 1) / w.block - first);
+    tile.bounds = reinterpret_cast<std::uint32_t*>(memory += size.tiles) + first * (c.panels + 1);
+    std::uint16_t* const order = reinterpret_cast<std::uint16_t*>(memory += size.bounds) + first * c.panels;
+    std::uint16_t* const columns = reinterpret_cast<std::uint16_t*>(memory += size.order) + unit + at * spare_columns;
+    std::uint16_t* const paired = reinterpret_cast<std::uint16_t*>(memory += size.columns) + padded;
+    float* const pairs = reinterpret_cast<float*>(memory += size.paired) + padded / 2 * w.block;
+    decode(w, first, c.panel, columns, nullptr, tile);
+    if (c.dot) pair_tile(tile, w.block, static_cast<const bf16*>(w.values) + unit * w.block, paired, pairs);
+    if (c.ordered) order_rows(tile, order);
 }
 
 template <typename Decode>
 inline void spmm_by_blocks(const Job& job, const Cut& c, int thread, int threads, const Decode& decode) {
     const rarefy_weight& w = *job.weight;
     const Whole size = whole(job, c);
-    const std::int64_t block_rows = (w.rows + w.block - 1) / w.block;
     unsigned char* const own = job.scratch + size.shared() + size.own() * static_cast<std::size_t>(thread);
     float* const packed = reinterpret_cast<float*>(own);
     float* const sums = reinterpret_cast<float*>(own + size.packed);
-    const auto tile_at = [&](std::int64_t at) {
-        Tile tile{};
-        tile.panels = c.panels;
-        tile.count = at_most(c.tile, block_rows - at * c.tile);
-        tile.bounds = reinterpret_cast<std::uint32_t*>(job.scratch) + at * c.tile * (c.panels + 1);
-        tile.columns = static_cast<const std::uint16_t*>(w.index) + w.starts[at * c.tile];
-        tile.values = static_cast<const float*>(w.values) + static_cast<std::int64_t>(w.starts[at * c.tile]) * w.block;
-        if (c.ordered) tile.order = reinterpret_cast<std::uint16_t*>(job.scratch + size.bounds) + at * c.tile * c.panels;
-        return tile;
-    };
+    const Tile* const tiles = reinterpret_cast<const Tile*>(job.scratch);
     Claims claims(job.counters);
-    claims.phase(c.tiles, [&](std::int64_t at) {
-        Tile tile = tile_at(at);
-        std::uint16_t* const order = tile.order;
-        decode(w, at * c.tile, c.panel, nullptr, nullptr, tile);
-        if (c.ordered) order_rows(tile, order);
-    });
+    claims.phase(c.tiles, [&](std::int64_t at) { ready_tile(job, c, size, at, decode); });
     barrier(threads);
     const Blocks blocks = blocks_of(job.tokens, c.widest);
     claims.phase(blocks.count, [&](std::int64_t b) {
@@ -218,11 +246,9 @@ inline void spmm_by_blocks(const Job& job, const Cut& c, int thread, int threads
         for (std::int64_t column = 0; column < w.cols; column += group)
             for (std::int64_t vector = 0; vector < vectors; ++vector) pack_group(job, slab, vector, column);
         for (std::int64_t at = 0; at < c.tiles; ++at) {
-            const Tile tile = tile_at(at);
-            for (std::int64_t p = 0; p < c.panels; ++p)
-                multiply_panel(tile, w.block, p, packed, vectors, nullptr, sums);
-            const std::int64_t row = at * c.tile * w.block;
-            finish<float>(job, sums, row, at_most(tile.count * w.block, w.rows - row), token, tokens, vectors, nullptr);
+            multiply_tile(job, c, slab, 0, tiles[at], vectors, sums);
+            const std::int64_t row = at * c.tile * w.block, rows = at_most(tiles[at].count * w.block, w.rows - row);
+            finish_any(job, sums, row, rows, token, tokens, vectors, nullptr);
         }
     });
 }

@@ -2,12 +2,13 @@
 
 Goals were set for two threads of one processor (AMD Zen 4, AVX-512); elsewhere the rows say what that machine does.
 Kernels are judged by their own calls, for single layers are bound by the way to a kernel: the layer's figure stands
-beside it. Reasons are few and kept in `reasons.json`, by point.
+beside it. Reasons are few and kept in `reasons.json`, by patterns of points.
 """
 
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
@@ -27,8 +28,8 @@ def _reasons() -> dict[str, str]:
 
 
 def reason(point: str) -> str:
-    """Why a goal is not met, where that is known; looked up by its point."""
-    return _reasons().get(point, "")
+    """Why a goal is not met, where that is known: of the first pattern (as of file names) that fits its point."""
+    return next((text for pattern, text in _reasons().items() if fnmatchcase(point, pattern)), "")
 
 
 def _goal(point: str, text: str, measured: str | None, met: bool | None) -> Goal:
@@ -145,8 +146,8 @@ def _regret(held_out: Sequence[Row]) -> Goal:
 
 
 def _best_own(row: Row) -> float:
-    """The fastest that pack could have chosen."""
-    could = [*row.kernels(), *(n for n in row.times if n.startswith((DENSE, _TORCH[row.dtype]))), LAYER]
+    """The fastest that pack could have chosen: a second, look-up form is for memory="speed" alone."""
+    could = [*(name for name in row.kernels() if "lut" not in name), *(n for n in row.times if n.startswith((DENSE, _TORCH[row.dtype]))), LAYER]
     return min(row.times[name].median for name in could)
 
 

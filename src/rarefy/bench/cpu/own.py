@@ -259,4 +259,6 @@ def pack_layer(
         return {LAYER: str(error)}, None
     layers = [*model.layers, *(copy.deepcopy(model.layers[0]) for _ in range(count - together))]
     choice = "reverted to torch" if report.reverted else report.rows[0].choice
+    for layer in layers:
+        layer(x)  # a copy prepares itself at its first call
     return {LAYER: [lambda layer=layer: layer(x) for layer in layers]}, choice
