@@ -147,7 +147,11 @@ def _regret(held_out: Sequence[Row]) -> Goal:
 
 def _best_own(row: Row) -> float:
     """The fastest that pack could have chosen: a second, look-up form is for memory="speed" alone."""
-    could = [*(name for name in row.kernels() if "lut" not in name), *(n for n in row.times if n.startswith((DENSE, _TORCH[row.dtype]))), LAYER]
+    could = [
+        *(name for name in row.kernels() if "lut" not in name),
+        *(n for n in row.times if n.startswith((DENSE, _TORCH[row.dtype]))),
+        LAYER,
+    ]
     return min(row.times[name].median for name in could)
 
 
