@@ -39,7 +39,7 @@ sanitize: $(STAMP)  ## the kernels' tests with AddressSanitizer and UBSan
 	$(BIN)/cmake -S . -B build/sanitize -DRAREFY_WERROR=ON -DCMAKE_BUILD_TYPE=None "-DCMAKE_CXX_FLAGS=$(SANITIZE)"
 	$(BIN)/cmake --build build/sanitize --parallel $(WORKERS)
 	RAREFY_LIBRARY=build/sanitize/librarefy.so LD_PRELOAD="$$(c++ -print-file-name=libasan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(BIN)/pytest -q -m "not slow" -p no:cacheprovider tests/kernels
+	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(BIN)/pytest -q -n $(WORKERS) -m "not slow" -p no:cacheprovider tests/kernels
 
 check: lint types test demo  ## all that a change must pass: lint, types, tests, and what the README promises first
 
