@@ -6,26 +6,11 @@
 #include "output.h"
 #include "quantize.h"
 #include "team.h"
+#include "values.h"
 
 namespace rarefy::RAREFY_NAMESPACE {
 
 constexpr int few = 7;  // tokens that share one reading of a weight
-
-// What a value of dtype D is in memory.
-template <int D>
-struct Values {
-    using type = float;
-};
-template <>
-struct Values<RAREFY_BF16> {
-    using type = bf16;
-};
-template <>
-struct Values<RAREFY_I8> {
-    using type = std::int8_t;
-};
-template <int D>
-using Stored = typename Values<D>::type;
 
 // A number that the compiler knows, as an argument.
 template <int N>
@@ -91,6 +76,35 @@ inline unsigned char* prepared(const Job& job, const Shared& s, int thread, int 
     prepare(job.scratch, job.tokens * thread / threads, job.tokens * (thread + 1) / threads);
     barrier(threads);
     return job.scratch;
+}
+
+// Activations [tokens][padded columns]: floats; for bf16 weights bf16, where there is an instruction for that; for int8
+// weights int8, with what quantising needs.
+template <int D>
+using Entry = Stored<RAREFY_V4 || D != RAREFY_BF16 ? D : RAREFY_F32>;
+
+template <int D>
+inline Shared entries_shared(const Job& job) {
+    const std::int64_t cols = padded(job.weight->cols);
+    return shared(job, D == RAREFY_I8 ? quantized_bytes(job.tokens, cols)
+                                      : static_cast<std::size_t>(job.tokens * cols) * sizeof(Entry<D>));
+}
+template <int D>
+inline std::size_t entries_scratch(const Job& job, int threads) {
+    return shared_bytes(entries_shared<D>(job), threads);
+}
+template <int D>
+inline const unsigned char* prepared_entries(const Job& job, int thread, int threads) {
+    const std::int64_t cols = job.weight->cols;
+    return prepared(
+        job, entries_shared<D>(job), thread, threads, [&](unsigned char* to, std::int64_t first, std::int64_t last) {
+            if constexpr (D == RAREFY_I8) {
+                quantize(*job.x, cols, first, last, quantized_at(to, job.tokens, cols));
+            } else {
+                for (std::int64_t t = first; t < last; ++t)
+                    copy_token(*job.x, t, cols, D == RAREFY_BF16, reinterpret_cast<Entry<D>*>(to) + t * padded(cols));
+            }
+        });
 }
 
 // Calls piece(first row, last row, first token, tokens) until all of [rows] x [tokens] is done: rows in multiples of 16,

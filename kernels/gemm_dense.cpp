@@ -146,7 +146,7 @@ void finish(const Job& job, const Tokens& x, std::int64_t row, std::int64_t rows
 template <int dtype, template <int> class Provider>
 void rows_times_tokens(const Job& job, const Tokens& x, std::int64_t row, std::int64_t rows, const Own<dtype>& own) {
     using K = Kind<dtype>;
-    using Value = typename Stored<dtype>::Value;
+    using Value = Stored<dtype>;
     const rarefy_weight& weight = *job.weight;
     const Provider<dtype> provider = {weight, own.tile};
     const std::int64_t cols = padded_columns<dtype>(weight.cols);

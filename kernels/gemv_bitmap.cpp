@@ -8,10 +8,6 @@
 namespace rarefy::RAREFY_NAMESPACE {
 namespace {
 
-// Activations: floats; for bf16 weights bf16, where there is an instruction for that; for int8 weights int8.
-template <int D>
-using Entry = Stored<RAREFY_V4 || D != RAREFY_BF16 ? D : RAREFY_F32>;
-
 struct Part {
     const Job& job;
     const unsigned char* x;
@@ -222,31 +218,10 @@ void run_slice(const Part& part, std::int64_t row, std::int64_t n, float (&out)[
 #endif
 
 template <int D>
-Shared activations(const Job& job) {
-    const std::int64_t cols = padded(job.weight->cols);
-    return shared(job, D == RAREFY_I8 ? quantized_bytes(job.tokens, cols)
-                                      : static_cast<std::size_t>(job.tokens * cols) * sizeof(Entry<D>));
-}
-
-template <int D>
-std::size_t scratch(const Job& job, int threads) {
-    return shared_bytes(activations<D>(job), threads);
-}
-
-template <int D>
 void run(const Job& job, int thread, int threads) {
-    const std::int64_t cols = job.weight->cols;
-    const unsigned char* const x = prepared(
-        job, activations<D>(job), thread, threads, [&](unsigned char* to, std::int64_t first, std::int64_t last) {
-            if constexpr (D == RAREFY_I8) {
-                quantize(*job.x, cols, first, last, quantized_at(to, job.tokens, cols));
-            } else {
-                for (std::int64_t t = first; t < last; ++t)
-                    copy_token(*job.x, t, cols, D == RAREFY_BF16, reinterpret_cast<Entry<D>*>(to) + t * padded(cols));
-            }
-        });
+    const unsigned char* const x = prepared_entries<D>(job, thread, threads);
     share_out(job, threads, [&](std::int64_t first, std::int64_t last, std::int64_t token, int tokens) {
-        const Part part = {job, x, groups_of(cols), token};
+        const Part part = {job, x, groups_of(job.weight->cols), token};
         for (std::int64_t row = first; row < last; row += lanes) {
             const std::int64_t n = last - row < lanes ? last - row : lanes;
             float out[few][lanes];
@@ -258,8 +233,8 @@ void run(const Job& job, int thread, int threads) {
 
 }  // namespace
 
-const Algorithm gemv_bitmap[dtypes] = {{scratch<RAREFY_F32>, run<RAREFY_F32>},
-                                       {scratch<RAREFY_BF16>, run<RAREFY_BF16>},
-                                       {scratch<RAREFY_I8>, run<RAREFY_I8>}};
+const Algorithm gemv_bitmap[dtypes] = {{entries_scratch<RAREFY_F32>, run<RAREFY_F32>},
+                                       {entries_scratch<RAREFY_BF16>, run<RAREFY_BF16>},
+                                       {entries_scratch<RAREFY_I8>, run<RAREFY_I8>}};
 
 }  // namespace rarefy::RAREFY_NAMESPACE

@@ -104,9 +104,6 @@ int build(const rarefy_weight* weight, void* memory, rarefy_weight* lut) {
 
 // ------------------------------------------------------------------------------------------------------- multiplying
 
-template <int D>
-using Entry = Stored<RAREFY_V4 || D != RAREFY_BF16 ? D : RAREFY_F32>;
-
 // One slice of a job and the activations of its tokens.
 template <int D>
 struct Part {
@@ -231,18 +228,6 @@ void run_slice(const Part<D>& part, F32 (&out)[few]) {
 #endif
 
 template <int D>
-Shared activations(const Job& job) {
-    const std::int64_t cols = padded(job.weight->cols);
-    return shared(job, D == RAREFY_I8 ? quantized_bytes(job.tokens, cols)
-                                      : static_cast<std::size_t>(job.tokens * cols) * sizeof(Entry<D>));
-}
-
-template <int D>
-std::size_t scratch(const Job& job, int threads) {
-    return shared_bytes(activations<D>(job), threads);
-}
-
-template <int D>
 Part<D> slice_of(const Job& job, const unsigned char* x, std::int64_t slice, std::int64_t token) {
     constexpr int depth = depth_of(D);
     const rarefy_weight& w = *job.weight;
@@ -264,16 +249,7 @@ Part<D> slice_of(const Job& job, const unsigned char* x, std::int64_t slice, std
 
 template <int D>
 void run(const Job& job, int thread, int threads) {
-    const std::int64_t cols = job.weight->cols;
-    const unsigned char* const x = prepared(
-        job, activations<D>(job), thread, threads, [&](unsigned char* to, std::int64_t first, std::int64_t last) {
-            if constexpr (D == RAREFY_I8) {
-                quantize(*job.x, cols, first, last, quantized_at(to, job.tokens, cols));
-            } else {
-                for (std::int64_t t = first; t < last; ++t)
-                    copy_token(*job.x, t, cols, D == RAREFY_BF16, reinterpret_cast<Entry<D>*>(to) + t * padded(cols));
-            }
-        });
+    const unsigned char* const x = prepared_entries<D>(job, thread, threads);
     share_out(job, threads, [&](std::int64_t first, std::int64_t last, std::int64_t token, int tokens) {
         for (std::int64_t row = first; row < last; row += lanes) {
             const std::int64_t n = last - row < lanes ? last - row : lanes;
@@ -287,9 +263,9 @@ void run(const Job& job, int thread, int threads) {
 
 }  // namespace
 
-const Algorithm gemv_lut[dtypes] = {{scratch<RAREFY_F32>, run<RAREFY_F32>},
-                                    {scratch<RAREFY_BF16>, run<RAREFY_BF16>},
-                                    {scratch<RAREFY_I8>, run<RAREFY_I8>}};
+const Algorithm gemv_lut[dtypes] = {{entries_scratch<RAREFY_F32>, run<RAREFY_F32>},
+                                    {entries_scratch<RAREFY_BF16>, run<RAREFY_BF16>},
+                                    {entries_scratch<RAREFY_I8>, run<RAREFY_I8>}};
 const Lut lut = {bytes, build};
 
 }  // namespace rarefy::RAREFY_NAMESPACE

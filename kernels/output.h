@@ -16,18 +16,10 @@ inline F32 read_lanes(const T* p, std::int64_t step, std::int64_t n) {
     return load(part);
 }
 
-inline void store_first(bf16* p, F32 v, std::int64_t n) {
-    bf16 part[lanes];
-    store(part, v);
-    std::memcpy(p, part, static_cast<std::size_t>(n) * sizeof(bf16));
-}
-
 template <typename T>
 inline void write_lanes(T* p, std::int64_t step, std::int64_t n, F32 v) {
-    if (step == 1 && n == lanes) {
-        store(p, v);
-    } else if (step == 1) {
-        store_first(p, v, n);
+    if (step == 1) {
+        store_at_most(p, v, n);
     } else {
         T part[lanes];
         store(part, v);

@@ -136,17 +136,6 @@ inline void spoil(const Quantized& out, std::int64_t token) {
     }
 }
 
-// The first n of sixteen entries; zeros behind.
-RAREFY_INLINE F32 load_first(const bf16* p, std::int64_t n) {
-    bf16 part[lanes] = {};
-    for (std::int64_t i = 0; i < n; ++i) part[i] = p[i];
-    return load(part);
-}
-template <typename T>
-RAREFY_INLINE F32 load_at_most(const T* p, std::int64_t n) {
-    return n >= lanes ? load(p) : n > 0 ? load_first(p, n) : F32{};
-}
-
 // Tokens whose features lie one behind the other.
 template <typename T>
 inline void quantize_token_major(const T* x, std::int64_t stride, std::int64_t cols, std::int64_t first,

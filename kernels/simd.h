@@ -106,6 +106,29 @@ RAREFY_INLINE void store(bf16* p, F32 v) {
     std::memcpy(p, &narrow, sizeof narrow);
 }
 
+// The same for bf16, and for either: the first n entries where n may be more than there are lanes, or none at all.
+RAREFY_INLINE F32 load_first(const bf16* p, std::int64_t n) {
+    bf16 part[lanes] = {};
+    for (std::int64_t i = 0; i < n; ++i) part[i] = p[i];
+    return load(part);
+}
+RAREFY_INLINE void store_first(bf16* p, F32 v, std::int64_t n) {
+    bf16 part[lanes];
+    store(part, v);
+    std::memcpy(p, part, static_cast<std::size_t>(n) * sizeof(bf16));
+}
+template <typename T>
+RAREFY_INLINE F32 load_at_most(const T* p, std::int64_t n) {
+    return n >= lanes ? load(p) : n > 0 ? load_first(p, n) : F32{};
+}
+template <typename T>
+RAREFY_INLINE void store_at_most(T* p, F32 v, std::int64_t n) {
+    if (n >= lanes)
+        store(p, v);
+    else
+        store_first(p, v, n);
+}
+
 }  // namespace rarefy::RAREFY_NAMESPACE
 
 #endif

@@ -29,19 +29,6 @@ inline Blocks blocks_of(std::int64_t tokens, int widest) {
 
 inline bool by_features(const rarefy_slot& slot) { return slot.feature != 1 && slot.features > 1; }
 
-RAREFY_INLINE void store_first(bf16* p, F32 v, std::int64_t n) {
-    bf16 part[lanes];
-    store(part, v);
-    std::memcpy(p, part, static_cast<std::size_t>(n) * sizeof(bf16));
-}
-template <typename T>
-RAREFY_INLINE void store_at_most(T* p, F32 v, std::int64_t n) {
-    if (n >= lanes)
-        store(p, v);
-    else
-        store_first(p, v, n);
-}
-
 RAREFY_INLINE void turn(F32 (&v)[lanes]) {
     U32 bits[lanes];
     for (int i = 0; i < lanes; ++i) bits[i] = reinterpret_cast<U32>(v[i]);

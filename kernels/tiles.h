@@ -5,21 +5,9 @@
 
 #include "gemm.h"
 #include "isa.h"
+#include "values.h"
 
 namespace rarefy::RAREFY_NAMESPACE {
-
-template <int dtype>
-struct Stored {
-    using Value = float;
-};
-template <>
-struct Stored<RAREFY_BF16> {
-    using Value = bf16;
-};
-template <>
-struct Stored<RAREFY_I8> {
-    using Value = std::int8_t;
-};
 
 RAREFY_INLINE float as_tile(float v, float) { return v; }
 RAREFY_INLINE float as_tile(bf16 v, float) { return to_float(v); }
@@ -43,7 +31,7 @@ constexpr std::int64_t tile_stride() {
 template <int dtype>
 struct Dense {
     using Tile = typename Kind<dtype>::Tile;
-    using Value = typename Stored<dtype>::Value;
+    using Value = Stored<dtype>;
     const rarefy_weight& weight;
     Tile* copy;  // [tile_rows][tile_stride]
 
@@ -125,7 +113,7 @@ RAREFY_INLINE const std::int8_t* expand_word(std::uint64_t word, const std::int8
 template <int dtype>
 struct Bitmap {
     using Tile = typename Kind<dtype>::Tile;
-    using Value = typename Stored<dtype>::Value;
+    using Value = Stored<dtype>;
     const rarefy_weight& weight;
     Tile* copy;
 
