@@ -74,10 +74,17 @@ def test_never_lose_counts_only_cases_beyond_doubt():
     assert mean.met is False
 
 
+def test_a_layer_is_judged_over_dense_layers():
+    times = {"torch fp32": 50.0, "rarefy dense fp32": 20.0, "rarefy dense fp32 as a layer": 26.0, "rarefy": 26.0}
+    assert by_point(matrix_goals([made(times)]), "3 mean").measured.startswith("1.00×")
+
+
 def test_regret_is_over_everything_that_could_have_been_chosen_on_held_out_shapes():
-    fine = made({"torch fp32": 900.0, "kernel a": 100.0, "rarefy": 101.0}, held_out=True)
-    wrong = made({"torch fp32": 80.0, "kernel a": 300.0, "rarefy": 100.0}, held_out=True, batch=3)
-    seen = made({"torch fp32": 1.0, "kernel a": 1.0, "rarefy": 100.0})
+    chosen = {"chosen kernel": "kernel a"}
+    times = {"torch fp32": 900.0, "kernel b": 100.0, "kernel a": 101.0, "rarefy": 107.0}
+    fine = made(times, held_out=True, facts=chosen)
+    wrong = made({"torch fp32": 80.0, "kernel a": 100.0, "rarefy": 106.0}, held_out=True, batch=3, facts=chosen)
+    seen = made({"torch fp32": 1.0, "kernel a": 1.0, "rarefy": 100.0}, facts=chosen)
     goal = by_point(matrix_goals([fine, wrong, seen]), "3 regret")
     mean = 100 * ((1.01 * 1.25) ** 0.5 - 1)
     assert goal.measured == f"{mean:.1f} % mean over 2, worst 25 % (1024x1024 batch 3 fp32 90 % hot)"

@@ -37,8 +37,9 @@ def measure_cell(cell: Cell, context: Context) -> Iterator[Row]:
         for zeros in cell.zeros:
             context.say(f"{cell} {zeros}")
             weight, mask = make_weight(cell.out, cell.inputs, zeros, source)
-            offers, choice = _sparse(cell, context, zeros, (weight, mask), x)
-            yield _row(cell, context, zeros, {**dense, **offers}, int(mask.sum()), choice)
+            offers, choice, chosen = _sparse(cell, context, zeros, (weight, mask), x)
+            row = _row(cell, context, zeros, {**dense, **offers}, int(mask.sum()), choice)
+            yield row if chosen is None else row.model_copy(update={"facts": {**row.facts, own.CHOSEN: chosen}})
             context.forget()
 
 
@@ -140,20 +141,20 @@ def _llama(
 
 def _sparse(
     cell: Cell, context: Context, zeros: Zeros, weight: tuple[Tensor, Tensor], x: Tensor
-) -> tuple[dict[str, Any], str | None]:
+) -> tuple[dict[str, Any], str | None, str | None]:
     w, mask = weight
     count = _counter(cell, context)
     found = own.sparse_kernels(w, mask, zeros, x, cell.dtype, count, context.threads)
     nonzeros = int(mask.sum())
     nbytes = _fewest_bytes(cell, zeros, nonzeros)
-    layer, choice = own.pack_layer(w, x, cell.dtype, nbytes, count(nbytes), context.threads)
+    layer, choice, chosen = own.pack_layer(w, x, cell.dtype, nbytes, count(nbytes), context.threads)
     found |= layer
     if cell.dtype != "fp32":
-        return found, choice
+        return found, choice, chosen
     found["torch CSR"] = torch_csr(w, x, count(12 * nonzeros))  # torch's indices have 64 bits
     if cell.regime == "hot":
         found["sparseprop"] = propagation.layer(w, x, context.peers)
         if ((cell.out, cell.inputs), cell.batch) in _DEEPSPARSE:
             graph = graphs.linear_chain([w.numpy()], cell.batch)
             found["DeepSparse"] = context.deepsparse(graph, cell.batch)
-    return found, choice
+    return found, choice, chosen

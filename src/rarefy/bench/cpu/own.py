@@ -19,15 +19,24 @@ from rarefy.bench.cpu.document import KERNEL, LAYER
 from rarefy.bench.cpu.machine import last_level_cache
 from rarefy.runtime import forms, kernels
 from rarefy.runtime.kernels import Algorithm, DType, Form
+from rarefy.runtime.layers import PackedLinear
 from rarefy.runtime.pack import pack
 from rarefy.runtime.report import PackReport
+from rarefy.runtime.ways import TORCH
 
-__all__ = ["DENSE", "Kernel", "dense_kernels", "pack_layer", "packed", "packed_in_place", "sparse_kernels"]
+__all__ = [
+    "AS_LAYER", "CHOSEN", "DENSE", "Kernel", "dense_kernels", "pack_layer", "packed", "packed_in_place",
+    "sparse_kernels",
+]  # fmt: skip
 
 Call = Callable[[], object]
 
 DENSE = "rarefy dense "
 """Beginning of the names of this library's dense kernels."""
+AS_LAYER = " as a layer"
+"""End of the names of those that are called as the module that a user has."""
+CHOSEN = "chosen kernel"
+"""The fact of a row that names the candidate which pack's choice runs."""
 
 _DTYPES = {"fp32": DType.F32, "bf16": DType.BF16, "int8": DType.I8}
 _ALGORITHMS = {1: (Algorithm.FEW,), 7: (Algorithm.FEW, Algorithm.MANY, Algorithm.EXPAND)}
@@ -105,13 +114,28 @@ def _again(stored: Any) -> Any:
 
 
 def dense_kernels(weight: Tensor, x: Tensor, dtype: str, count: Callable[[int], int], threads: int) -> dict[str, Any]:
-    """This library's dense kernel of that dtype: name to calls, or to the reason why there are none."""
+    """This library's dense kernel of that dtype, alone and as a layer: name to calls, or to the reason why there are
+    none."""
     algorithm = Algorithm.FEW if len(x) < 8 else Algorithm.MANY
+    choice = _Choice(Form.DENSE, algorithm, 1)
     return {
-        f"{DENSE}{dtype}": _calls(
-            weight, None, x, dtype, _Choice(Form.DENSE, algorithm, 1), count=count, threads=threads
-        )
+        f"{DENSE}{dtype}": _calls(weight, None, x, dtype, choice, count=count, threads=threads),
+        f"{DENSE}{dtype}{AS_LAYER}": _layers(weight, x, dtype, count),
     }
+
+
+def _layers(weight: Tensor, x: Tensor, dtype: str, count: Callable[[int], int]) -> list[Call] | str:
+    """Packed layers that are dense, as pack makes them where its dense kernels win."""
+    try:
+        first = _stored(weight, None, dtype, Form.DENSE, 1)
+        stored = [first, *(_again(first) for _ in range(count(first.nbytes) - 1))]
+        out, inputs = weight.shape
+        made = [PackedLinear.from_stored(each, in_features=inputs, out_features=out).eval() for each in stored]
+        for layer in made:
+            layer(x)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return [lambda layer=layer: layer(x) for layer in made]
 
 
 def sparse_kernels(
@@ -247,18 +271,31 @@ class _Many(nn.Module):
 
 def pack_layer(
     weight: Tensor, x: Tensor, dtype: str, nbytes: int, count: int, threads: int
-) -> tuple[dict[str, Any], str | None]:
-    """What `rarefy.pack` makes of `nn.Linear` with this weight: calls of `count` copies (or why there are none), and
-    the choice. nbytes: of the packed weight. Where several copies are wanted, as many are packed together as do not
-    fit the caches, for the choice depends on that; the others are copies of those."""
+) -> tuple[dict[str, Any], str | None, str | None]:
+    """What `rarefy.pack` makes of `nn.Linear` with this weight: calls of `count` copies (or why there are none), the
+    choice, and the candidate that it runs at this number of tokens.
+
+    nbytes: of the packed weight. Where several copies are wanted, as many are packed together as do not fit the caches,
+    for the choice depends on that; the others are copies of those."""
     together = min(count, max(1, -(-last_level_cache() * 3 // 4 // max(1, nbytes)))) if count > 1 else 1
     model = _Many(weight, together).eval()
     try:
         report = packed_in_place(model, x, dtype, threads)
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        return {LAYER: str(error)}, None
+        return {LAYER: str(error)}, None, None
     layers = [*model.layers, *(copy.deepcopy(model.layers[0]) for _ in range(count - together))]
     choice = "reverted to torch" if report.reverted else report.rows[0].choice
     for layer in layers:
         layer(x)  # a copy prepares itself at its first call
-    return {LAYER: [lambda layer=layer: layer(x) for layer in layers]}, choice
+    return {LAYER: [lambda layer=layer: layer(x) for layer in layers]}, choice, _chosen(layers[0], len(x), dtype)
+
+
+def _chosen(layer: nn.Module, tokens: int, dtype: str) -> str:
+    """The name under which the kernel that a layer runs is timed by itself."""
+    table = getattr(layer, "table", None)
+    way = None if table is None else table[kernels.bucket(tokens)]
+    if way is None or way.algorithm == TORCH:
+        return f"torch {dtype}"
+    if way.form is Form.DENSE:
+        return f"{DENSE}{dtype}"
+    return _Choice(way.form, Algorithm(way.algorithm), way.block).name
