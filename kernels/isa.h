@@ -74,6 +74,9 @@ struct Training {
 struct Lut {
     std::size_t (*bytes)(const rarefy_weight* weight);
     int (*build)(const rarefy_weight* weight, void* bytes, rarefy_weight* lut);
+    int (*decode)(const rarefy_weight* lut, std::uint32_t* starts, std::uint64_t* words, void* values,
+                  rarefy_weight* bitmap);
+    int (*check)(const rarefy_weight* lut, std::int64_t steps);  // lut_check.cpp
 };
 
 // A family is a table [dtype: F32, BF16, I8]; an entry with run = null does not exist.
@@ -88,7 +91,8 @@ struct Kernels {
     const Algorithm* bitmap_expand; // gemm_dense.cpp
     const Algorithm* index_few;     // gemv_index.cpp, every block size
     const Algorithm* index_many;    // spmm_index.cpp, every block size
-    const Algorithm* lut_few;       // gemv_lut.cpp
+    const Algorithm* lut_few;       // lut_product.cpp
+    const Algorithm* lut_many;      // the same
     const Lut* lut;
     const Convolution* conv;        // conv.cpp: one entry per dtype of the weight
     const Training* train_forward;          // train.cpp

@@ -13,7 +13,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define RAREFY_ABI_VERSION 2
+#define RAREFY_ABI_VERSION 3
 
 #if defined(_WIN32)
 #define RAREFY_API __declspec(dllexport)
@@ -48,7 +48,7 @@ enum { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2, RAREFY_I4 = 3 /* reserved
  *   BITMAP   block = 1. index: one bit per entry, uint64 words, ceil(cols / 64) words per row, lowest bit first, bits
  *            past the last column 0.
  *   INDEX16  block in {1, 4, 8, 16}, cols <= 65536. index: uint16 column of each unit.
- *   LUT      in-register look-up, batch 1 to 7; its layout is known to gemv_lut.cpp alone. */
+ *   LUT      in-register look-up; its layout is known to lookup.h alone. Kept zeros are kept. */
 enum { RAREFY_DENSE = 0, RAREFY_BITMAP = 1, RAREFY_INDEX16 = 2, RAREFY_LUT = 3, RAREFY_FORMS = 4 };
 
 typedef struct {
@@ -107,6 +107,16 @@ RAREFY_API int rarefy_runs(int32_t form, int32_t dtype, int32_t algorithm);
  * `bytes` (64-byte aligned), which `lut` then points to. */
 RAREFY_API size_t rarefy_lut_bytes(const rarefy_weight* weight);
 RAREFY_API int rarefy_lut_build(const rarefy_weight* weight, void* bytes, rarefy_weight* lut);
+
+/* The BITMAP form of a LUT weight, exactly what one was built from or would be: starts [rows + 1], words
+ * [rows][ceil(cols / 64)] (8-byte aligned), values [lut->units]. `bitmap` then points to them; its scales are those of
+ * `lut`. Nothing is checked: `lut` must be as rarefy_lut_build made it. */
+RAREFY_API int rarefy_lut_decode(const rarefy_weight* lut, uint32_t* starts, uint64_t* words, void* values,
+                                 rarefy_weight* bitmap);
+
+/* 0 if a LUT weight that was read from somewhere, of `steps` steps, is one that rarefy_lut_build makes, so that the
+ * other functions stay within it; its pointers lead to memory of the sizes that lookup.h says. */
+RAREFY_API int rarefy_lut_check(const rarefy_weight* lut, int64_t steps);
 
 /* ------------------------------------------------------------------------------------------------------ convolutions */
 

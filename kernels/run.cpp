@@ -74,7 +74,7 @@ const Algorithm* find(int form, int dtype, int algorithm) {
         {k.dense_few, k.dense_many, nullptr},
         {k.bitmap_few, k.bitmap_many, k.bitmap_expand},
         {k.index_few, k.index_many, nullptr},
-        {k.lut_few, nullptr, nullptr},
+        {k.lut_few, k.lut_many, nullptr},
     };
     if (form < 0 || form >= RAREFY_FORMS || algorithm < 0 || algorithm >= RAREFY_ALGORITHMS) return nullptr;
     const Algorithm* const family = families[form][algorithm];
@@ -175,6 +175,14 @@ size_t rarefy_lut_bytes(const rarefy_weight* weight) { return rarefy::chosen_ker
 
 int rarefy_lut_build(const rarefy_weight* weight, void* bytes, rarefy_weight* lut) {
     return rarefy::chosen_kernels().lut->build(weight, bytes, lut);
+}
+
+int rarefy_lut_decode(const rarefy_weight* lut, uint32_t* starts, uint64_t* words, void* values, rarefy_weight* bitmap) {
+    return rarefy::chosen_kernels().lut->decode(lut, starts, words, values, bitmap);
+}
+
+int rarefy_lut_check(const rarefy_weight* lut, int64_t steps) {
+    return rarefy::chosen_kernels().lut->check(lut, steps);
 }
 
 namespace {

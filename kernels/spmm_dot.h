@@ -25,37 +25,59 @@ RAREFY_INLINE void pack_dot(F32 v, std::int64_t vector, bf16* column) {
     for (int i = 0; i < 4; ++i) std::memcpy(to + i * 8, quarters + i, sizeof quarters[i]);
 }
 
-// Units [n][block] of bf16 become pairs [ceil(n / 2)][block], 0 for what the last one lacks; so do the columns, which
+// Units [n][BLOCK] of bf16 become pairs [ceil(n / 2)][BLOCK], 0 for what the last one lacks; so do the columns, which
 // repeat the last one.
-inline std::int64_t pair_up(const std::uint16_t* columns, const bf16* values, std::int64_t n, int block,
-                            std::uint16_t* to_columns, float* to_values) {
-    std::memcpy(to_columns, columns, static_cast<std::size_t>(n) * 2);
-    auto* const pairs = reinterpret_cast<bf16*>(to_values);
-    for (std::int64_t i = 0; i + 1 < n; i += 2)
-        for (int r = 0; r < block; ++r) {
-            pairs[i * block + 2 * r] = values[i * block + r];
-            pairs[i * block + 2 * r + 1] = values[(i + 1) * block + r];
-        }
-    if (n % 2 == 0) return n;
-    to_columns[n] = columns[n - 1];
-    for (int r = 0; r < block; ++r) {
-        pairs[(n - 1) * block + 2 * r] = values[(n - 1) * block + r];
-        pairs[(n - 1) * block + 2 * r + 1] = 0;
+template <int BLOCK>
+RAREFY_INLINE std::int64_t pair_up(const std::uint16_t* columns, const bf16* values, std::int64_t n, __m512i order,
+                                   std::uint16_t* to_columns, bf16* to_values) {
+    const auto first = [](std::int64_t entries) {
+        return static_cast<__mmask32>(entries >= 32 ? ~0u : (1u << entries) - 1u);
+    };
+    if (n == 0) return 0;
+    const std::int64_t even = (n + 1) / 2 * 2;
+    const __m512i last = _mm512_set1_epi16(static_cast<short>(columns[n - 1]));
+    const auto put = [&](std::uint16_t* to, std::int64_t room, __m512i v) {  // masked stores take much longer
+        if (room >= 32)
+            _mm512_storeu_si512(to, v);
+        else
+            _mm512_mask_storeu_epi16(to, first(room), v);
+    };
+    for (std::int64_t i = 0; i < even; i += 32)
+        put(to_columns + i, even - i, _mm512_mask_loadu_epi16(last, first(n - i), columns + i));
+    for (std::int64_t i = 0; i < even * BLOCK; i += 32) {
+        const __m512i units = _mm512_maskz_loadu_epi16(first(n * BLOCK - i), values + i);
+        put(to_values + i, even * BLOCK - i, _mm512_permutexvar_epi16(order, units));
     }
-    return n + 1;
+    return even;
 }
 
-// The tile with its units paired, in memory of its own; `values`: the tile's own, as stored.
-inline void pair_tile(Tile& tile, int block, const bf16* values, std::uint16_t* columns, float* pairs) {
+template <int BLOCK>
+RAREFY_APART void pair_rows(Tile& tile, const bf16* values, std::uint16_t* columns, bf16* pairs) {
+    std::uint16_t order[32];
+    for (int i = 0; i < 32; ++i)
+        order[i] = static_cast<std::uint16_t>(i / (2 * BLOCK) * (2 * BLOCK) + i % 2 * BLOCK + i % (2 * BLOCK) / 2);
+    const __m512i how = _mm512_loadu_si512(order);
     std::int64_t at = 0;
     for (std::int64_t i = 0; i < tile.count; ++i) {
         std::uint32_t* const bounds = tile.bounds + i * (tile.panels + 1);
         for (std::int64_t p = 0; p < tile.panels; ++p) {
             const std::int64_t first = bounds[p], n = bounds[p + 1] - first;
             bounds[p] = static_cast<std::uint32_t>(at);
-            at += pair_up(tile.columns + first, values + first * block, n, block, columns + at, pairs + at * block / 2);
+            at += pair_up<BLOCK>(tile.columns + first, values + first * BLOCK, n, how, columns + at,
+                                 pairs + at * BLOCK);
         }
         bounds[tile.panels] = static_cast<std::uint32_t>(at);
+    }
+}
+
+// The tile with its units paired, in memory of its own; `values`: the tile's own, as stored.
+inline void pair_tile(Tile& tile, int block, const bf16* values, std::uint16_t* columns, float* pairs) {
+    auto* const to = reinterpret_cast<bf16*>(pairs);
+    switch (block) {
+        case 1: pair_rows<1>(tile, values, columns, to); break;
+        case 4: pair_rows<4>(tile, values, columns, to); break;
+        case 8: pair_rows<8>(tile, values, columns, to); break;
+        default: pair_rows<16>(tile, values, columns, to); break;
     }
     tile.columns = columns;
     tile.values = pairs;

@@ -1,7 +1,7 @@
 // Products of R x 1 blocks and single entries with 16-bit columns, for many tokens.
 
 #include "families.h"
-#include "spmm.h"
+#include "spmm_quads.h"
 
 namespace rarefy::RAREFY_NAMESPACE {
 namespace {
@@ -63,9 +63,22 @@ void decode(const rarefy_weight& w, std::int64_t first, std::int64_t panel, std:
 
 void run(const Job& job, int thread, int threads) { spmm(job, thread, threads, decode); }
 
+std::size_t scratch_i8(const Job& job, int threads) {
+    return has_quads ? quads_scratch(job, threads) : spmm_scratch(job, threads);
+}
+
+void run_i8(const Job& job, int thread, int threads) {
+    constexpr int shift = __builtin_ctz(group);
+    if (!has_quads) return run(job, thread, threads);
+    quads(job, thread, threads,
+          [](const std::uint16_t* columns, std::int64_t n, std::int64_t groups, std::uint32_t* bounds) {
+              panel_bounds(columns, n, shift, groups, 0, bounds);
+          });
+}
+
 }  // namespace
 
 extern const Algorithm spmm_index[dtypes];
-const Algorithm spmm_index[dtypes] = {{spmm_scratch, run}, {spmm_scratch, run}, {spmm_scratch, run}};
+const Algorithm spmm_index[dtypes] = {{spmm_scratch, run}, {spmm_scratch, run}, {scratch_i8, run_i8}};
 
 }  // namespace rarefy::RAREFY_NAMESPACE

@@ -42,8 +42,11 @@ RAREFY_INLINE void read_square(const rarefy_slot& slot, std::int64_t token, std:
                                std::int64_t features, F32 (&v)[lanes]) {
     const T* const data = static_cast<const T*>(slot.data);
     if (by_features(slot)) {
-        for (int i = 0; i < lanes; ++i)
-            v[i] = i < features ? load_at_most(data + (feature + i) * slot.feature + token, tokens) : F32{};
+        for (int i = 0; i < lanes; ++i) {
+            const T* const from = data + (feature + i) * slot.feature + token;
+            __builtin_prefetch(from + group * slot.feature, 0, 2);  // the next group's lines lie far apart
+            v[i] = i < features ? load_at_most(from, tokens) : F32{};
+        }
     } else {
         const T* const from = data + token * slot.token + feature;
         if (tokens >= lanes && features >= lanes)

@@ -229,7 +229,7 @@ def set_in(where: str, value: Any) -> Callable[[dict[str, Any], dict[str, Any]],
     ("where", "value"),
     [
         ("version", 2), ("version", "1"), ("version", None), ("more", 1), ("packed", {}), ("tied", [1]),
-        ("checksums", 3), ("packed.0.form", 16), ("packed.0.form", 3), ("packed.0.form", 99), ("packed.0.form", "1"),
+        ("checksums", 3), ("packed.0.form", 16), ("packed.0.form", 4), ("packed.0.form", 99), ("packed.0.form", "1"),
         ("packed.0.block", 3), ("packed.0.block", 2**70), ("packed.0.names", []), ("packed.0.names", ["nowhere"]),
         ("packed.0.tensor", "nowhere"), ("packed.0.tensor", "1.weight"), ("packed.0.bias", "nowhere"),
         ("packed.0.bias", "1.weight.x"), ("packed.0.bias", None), ("packed.0.description", {}),

@@ -23,7 +23,7 @@ def libraries(tmp_path_factory) -> dict[str, ctypes.CDLL]:
             library = ctypes.CDLL(str(copy))
             library.rarefy_isa.restype = ctypes.c_char_p
             patch.setattr(native, "library", lambda library=library: library)
-            ready = kernels._library.__wrapped__()
+            ready = kernels.library.__wrapped__()
         if ready is not None and library.rarefy_isa().decode() == isa:
             found[isa] = ready
     return found
@@ -34,5 +34,5 @@ def isa(request, libraries, monkeypatch) -> str:
     """The instruction set on which `rarefy.runtime.kernels` runs in this test."""
     if request.param not in libraries:
         pytest.skip(f"no kernels, or this processor has no {request.param}")
-    monkeypatch.setattr(kernels, "_library", lambda: libraries[request.param])
+    monkeypatch.setattr(kernels, "library", lambda: libraries[request.param])
     return request.param

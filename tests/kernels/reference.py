@@ -5,6 +5,7 @@ y = product(built, Algorithm.FEW, x)
 check(built, x, y)
 """
 
+import ctypes
 import math
 from dataclasses import dataclass
 from itertools import pairwise
@@ -59,6 +60,25 @@ def weight_struct(
         *(None if a is None else a.ctypes.data for a in (index, values, starts, scales)),
     )  # fmt: skip
     return Built(struct, dense, kept, dtype, integers, scales, tuple(memory))
+
+
+def looked_up(source: Built) -> Built:
+    """The look-up form of a weight, in memory with exactly as many bytes as it asks for."""
+    library = kernels.library()
+    assert library is not None
+    size = library.rarefy_lut_bytes(ctypes.byref(source.struct))
+    assert size > 0
+    memory = np.full(size + 128, 0xA5, np.uint8)
+    start = -memory.ctypes.data % 64
+    struct = Weight()
+    assert library.rarefy_lut_build(ctypes.byref(source.struct), memory.ctypes.data + start, ctypes.byref(struct)) == 0
+    assert (memory[:start] == 0xA5).all()
+    assert (memory[start + size :] == 0xA5).all()
+    assert (struct.form, struct.dtype, struct.rows, struct.cols, struct.units) == (
+        Form.LUT, source.struct.dtype, source.struct.rows, source.struct.cols, source.struct.units,
+    )  # fmt: skip
+    memory.setflags(write=False)
+    return Built(struct, source.dense, source.mask, source.dtype, source.integers, source.scales, (memory,))
 
 
 def _values(weight: np.ndarray, dtype: DType) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:

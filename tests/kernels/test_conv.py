@@ -64,7 +64,7 @@ SHAPES = [
 
 
 def _library() -> ctypes.CDLL:
-    library = kernels._library()  # pyright: ignore[reportPrivateUsage]
+    library = kernels.library()
     assert library is not None
     return library
 

@@ -27,25 +27,7 @@ def build(weight: np.ndarray, mask: np.ndarray, form: Form, dtype: DType, block:
     """A weight in a form; the look-up form is built from a bitmap."""
     if form != Form.LUT:
         return reference.weight_struct(weight, mask=mask, form=form, dtype=dtype, block=block)
-    return looked_up(reference.weight_struct(weight, mask=mask, form=Form.BITMAP, dtype=dtype))
-
-
-def looked_up(source: Built) -> Built:
-    library = kernels._library()
-    assert library is not None
-    size = library.rarefy_lut_bytes(ctypes.byref(source.struct))
-    assert size > 0
-    memory = np.full(size + 128, 0xA5, np.uint8)
-    start = -memory.ctypes.data % 64
-    struct = Weight()
-    assert library.rarefy_lut_build(ctypes.byref(source.struct), memory.ctypes.data + start, ctypes.byref(struct)) == 0
-    assert (memory[:start] == 0xA5).all()
-    assert (memory[start + size :] == 0xA5).all()
-    assert (struct.form, struct.dtype, struct.rows, struct.cols, struct.units) == (
-        Form.LUT, source.struct.dtype, source.struct.rows, source.struct.cols, source.struct.units,
-    )  # fmt: skip
-    memory.setflags(write=False)
-    return Built(struct, source.dense, source.mask, source.dtype, source.integers, source.scales, (memory,))
+    return reference.looked_up(reference.weight_struct(weight, mask=mask, form=Form.BITMAP, dtype=dtype))
 
 
 def few(built: Built, x: torch.Tensor, **options) -> torch.Tensor:
@@ -79,7 +61,7 @@ def test_every_shape_and_number_of_tokens(form, block, dtype, shape):
 def test_the_look_up_form_is_the_same_from_a_bitmap_and_from_columns(dtype):
     weight, mask = random_weight(37, 300, 0.2)
     built = [
-        looked_up(reference.weight_struct(weight, mask=mask, form=form, dtype=dtype))
+        reference.looked_up(reference.weight_struct(weight, mask=mask, form=form, dtype=dtype))
         for form in (Form.BITMAP, Form.INDEX16)
     ]
     x = random_input(3, 300)
@@ -88,7 +70,7 @@ def test_the_look_up_form_is_the_same_from_a_bitmap_and_from_columns(dtype):
 
 def test_what_has_no_look_up_form():
     weight, mask = random_weight(32, 100, 0.2)
-    library = kernels._library()
+    library = kernels.library()
     assert library is not None
     for form, block in ((Form.DENSE, 1), (Form.INDEX16, 4)):
         built = reference.weight_struct(weight, mask=mask, form=form, block=block)
@@ -217,6 +199,6 @@ def test_nothing_is_read_past_the_end(form, block, dtype, density):
             x = random_input(tokens, cols)
             check(built, x, few(built, x))
         if form == Form.BITMAP:
-            library = kernels._library()
+            library = kernels.library()
             assert library is not None
             assert library.rarefy_lut_bytes(ctypes.byref(built.struct)) > 0

@@ -42,8 +42,8 @@ def test_products(form, block, dtype, shape):
             check(built, x, product(built, Algorithm.MANY, x, layout=reference.LAYOUTS[(seed + seed // 3) % 3]))
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 8, 15, 16, 31, 47, 63, 65, 100, 193, 400])
-@pytest.mark.parametrize(("form", "block"), [(Form.BITMAP, 1), (Form.INDEX16, 1), (Form.INDEX16, 4)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 7, 8, 15, 16, 31, 33, 40, 47, 63, 65, 100, 128, 129, 193, 400])
+@pytest.mark.parametrize(("form", "block"), FORMS, ids=lambda v: str(getattr(v, "name", v)))
 def test_any_number_of_tokens(form, block, tokens):
     weight, mask = random_weight(35, 90, 0.2)
     for dtype in DTYPES:
@@ -72,6 +72,39 @@ def test_empty_rows_and_matrices_without_zeros_or_with_nothing_else(form, block,
         built = weight_struct(weight, mask=mask, form=form, dtype=dtype, block=block)
         x = random_input(20, 300)
         check(built, x, product(built, Algorithm.MANY, x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
+@pytest.mark.parametrize(("form", "block"), FORMS, ids=lambda v: str(getattr(v, "name", v)))
+def test_groups_with_every_number_of_units(form, block, dtype):
+    """0 to 64 columns of a group of 64, odd and even numbers, with a last group that is not whole."""
+    block_rows, cols = 30, 64 * 18 + 5
+    weight = random_weight(block_rows * block - block // 2, cols, 1)[0]
+    column = np.arange(cols)
+    count = (np.arange(block_rows)[:, None] * 5 + column // 64 * 11) % 65
+    mask = ((column * 37 % 64) < count).repeat(block, 0)[: len(weight)]
+    built = weight_struct(weight, mask=mask, form=form, dtype=dtype, block=block)
+    for tokens in (8, 20, 40):
+        x = random_input(tokens, cols)
+        check(built, x, product(built, Algorithm.MANY, x))
+
+
+@pytest.mark.parametrize(("form", "block"), FORMS, ids=lambda v: str(getattr(v, "name", v)))
+@pytest.mark.parametrize("size", [1.0, 2.0**-90, 2.0**-110, 2.0**-126, 2.0**110], ids=str)
+def test_one_group_of_int8_is_exact(form, block, size):
+    """Whole sums times the token's scale, times the row's; activations half way between two whole numbers."""
+    weight, mask = random_weight(37, 64, 0.4)
+    built = weight_struct(weight, mask=mask, form=form, dtype=DType.I8, block=block)
+    rng = np.random.default_rng(5)
+    x = torch.from_numpy((rng.integers(-253, 254, (35, 64)) / 2 * size).astype(np.float32))
+    x[:, 7] = 127 * size  # the scale is the size
+    x[3] = 0
+    integers, scales = reference.quantized(x)
+    assert built.integers is not None
+    assert built.scales is not None
+    sums = (integers[:, 0] @ built.integers.T.astype(np.int64)).astype(np.float32)
+    y = product(built, Algorithm.MANY, x, threads=2)
+    np.testing.assert_array_equal(y.numpy(), sums * scales * built.scales)
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
@@ -117,9 +150,11 @@ def test_bit_identical_for_any_number_of_threads(form, block, dtype):
     weight, mask = random_weight(300, 400, 0.2)
     built = weight_struct(weight, mask=mask, form=form, dtype=dtype, block=block)
     x = random_input(203, 400)
-    outputs = [product(built, Algorithm.MANY, x, threads=threads) for threads in (1, 2, 3, 7)]
-    assert reference.same_bits(outputs)
-    check(built, x, outputs[0])
+    for tokens in (9, 33, 203):
+        some = x[:tokens]
+        outputs = [product(built, Algorithm.MANY, some, threads=threads) for threads in (1, 2, 3, 7)]
+        assert reference.same_bits(outputs)
+        check(built, some, outputs[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)

@@ -157,7 +157,7 @@ def test_layers_of_one_kind_are_measured_once(clock):
 def test_memory_for_speed_keeps_a_second_copy(clock):
     if not exists("look-up few"):
         pytest.skip("this build has no look-up kernel")
-    clock("look-up", "bitmap expand")
+    clock("look-up few", "bitmap expand")
     model = thin(nn.Sequential(nn.Linear(128, 64)), 0.1)
     exact = copy.deepcopy(model)
     pack(model, example=[inputs(1, 128), inputs(64, 128)], memory="speed")

@@ -27,7 +27,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-ABI_VERSION = 2  # of kernels/rarefy.h
+ABI_VERSION = 3  # of kernels/rarefy.h
 _NAME = "librarefy.so"
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})  # a subclass may have its memory elsewhere, or none
 _LOG = logging.getLogger("rarefy")

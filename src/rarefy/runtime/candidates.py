@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rarefy.runtime import conv, kernels
+from rarefy.runtime import conv, cost, kernels
 from rarefy.runtime.conv import Geometry
 from rarefy.runtime.engine import Copies, runner
 from rarefy.runtime.find import Layer, Seen
@@ -49,9 +49,10 @@ class Storage:
     ways: list[Way] = field(default_factory=list[Way])
 
 
-def storages_of(layer: Layer, dtype: DType, memory: str) -> list[Storage]:
+def storages_of(layer: Layer, dtype: DType) -> list[Storage]:
     """The forms that may hold the layer: dense by our kernels; sparse where there are zeros to gain by."""
     rows, cols = layer.weight.shape
+    sizes = cost.Sizes(rows, cols, layer.kept, dtype, 1, 1)
     found = [Storage(Form.DENSE, 1, rows * cols, [*ways_of(Form.DENSE, dtype), Way(Form.DENSE, TORCH)])]
     if layer.tied and dtype != KINDS[layer.weight.dtype]:
         return []
@@ -63,16 +64,15 @@ def storages_of(layer: Layer, dtype: DType, memory: str) -> list[Storage]:
     if cols <= 1 << 16:
         for block, stored in layer.blocks.items():
             found.append(Storage(Form.INDEX16, block, stored, list(ways_of(Form.INDEX16, dtype, block))))
-    if memory == "speed":
-        lut = [way for way in ways_of(Form.LUT, dtype) if way.algorithm == Algorithm.FEW]
-        next(s for s in found if s.form == Form.BITMAP).ways += lut
+        if cost.stored_bytes(Form.LUT, sizes) < cost.stored_bytes(Form.DENSE, sizes):
+            found.append(Storage(Form.LUT, 1, layer.kept, list(ways_of(Form.LUT, dtype))))
     return [storage for storage in found if storage.ways]
 
 
 def fits(way: Way, tokens: int) -> bool:
-    """FEW is for few tokens and right for a few more, the others are for 8 and more."""
+    """FEW is for few tokens and right for a few more, the others are for 8 and more; LUT has one kernel for all."""
     if way.form == Form.LUT:
-        return tokens < 8
+        return (tokens < 8) == (way.algorithm == Algorithm.FEW)
     return tokens < 32 if way.algorithm == Algorithm.FEW else tokens >= 8 or way.algorithm == TORCH
 
 
@@ -91,7 +91,7 @@ def linear_calls(layer: Layer, seen: Seen, dtype: DType, ways: Sequence[Way]) ->
     calls: dict[str, Callable[[], object]] = {AS_IT_IS: lambda: functional.linear(x, weight, bias)}
     copies: dict[tuple[Form, int], Copies] = {}
     for way in ways:
-        form, block = (Form.BITMAP, 1) if way.form == Form.LUT else (way.form, way.block)
+        form, block = way.form, way.block
         if (form, block) not in copies:
             copies[form, block] = Copies(stored_of(layer, form, block, dtype))
         table = (way,) * kernels.BUCKETS

@@ -68,7 +68,7 @@ class Chooser:
     # -- linear --------------------------------------------------------------------------------------------------
 
     def _linear(self, layer: Layer, dtype: DType) -> Decision:
-        storages = storages_of(layer, dtype, self.memory)
+        storages = storages_of(layer, dtype)
         seen = _by_bucket(layer.seen)
         times = {bucket: self._times(layer, each, dtype, storages) for bucket, each in seen.items()}
         candidates = tuple(
@@ -163,7 +163,7 @@ class Chooser:
 
     def _conv(self, layer: Layer, geometry: Geometry, dtype: DType) -> Decision:
         """Sparse forms beside torch; what has no kernel here drops out when it is first called."""
-        storages = [s for s in storages_of(layer, dtype, "size") if s.form != Form.DENSE]
+        storages = [s for s in storages_of(layer, dtype) if s.form not in (Form.DENSE, Form.LUT)]
         names = {
             f"{s.form.name} {s.block} {way}": (s, way)
             for s in storages for way in conv.ways(geometry, s.form, s.block, dtype)

@@ -34,7 +34,7 @@ DECODE = {
     Form.DENSE: {DType.F32: 16e9, DType.BF16: 37e9, DType.I8: 63e9},
     Form.BITMAP: {DType.F32: 8.8e9, DType.BF16: 27e9, DType.I8: 45e9},
     Form.INDEX16: {DType.F32: 2.5e9, DType.BF16: 2.5e9, DType.I8: 2.5e9},
-    Form.LUT: {DType.F32: 9e9, DType.BF16: 16e9, DType.I8: 22e9},
+    Form.LUT: {DType.F32: 10e9, DType.BF16: 19e9, DType.I8: 24e9},
 }
 """Few tokens: entries per second and core; of all entries (dense, bitmap) or of the kept ones (index, look-up)."""
 
@@ -50,6 +50,9 @@ SHARE = {
     (Form.INDEX16, 16): (0.95, 4.0),
 }
 """Many tokens: share of the peak, and n½."""
+
+LOOK_UP = (0.43, 0.115)
+"""The same of the look-up form, whose lists are filled up: share of the peak, and the density at which half is lost."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +115,14 @@ def _few(way: Way, sizes: Sizes) -> float:
 
 
 def _many(way: Way, sizes: Sizes) -> float:
-    share, half = SHARE[way.form, way.block]
     dense = way.form == Form.DENSE
     kept = sizes.rows * sizes.cols if dense else sizes.kept
     tokens = -(-sizes.tokens // 16) * 16
     per_row = kept / max(1, sizes.rows)
+    if way.form == Form.LUT:
+        share, half, tokens = LOOK_UP[0], LOOK_UP[1] * sizes.cols, sizes.tokens
+    else:
+        share, half = SHARE[way.form, way.block]
     useful = share * per_row / (per_row + half) if kept else 1.0
     if dense:
         useful *= tokens / (tokens + 40)

@@ -41,7 +41,7 @@ def call() -> Callable[..., int]:
 
 def library() -> ctypes.CDLL:
     """The compiled kernels. Raises RuntimeError where they are not in use."""
-    found = kernels._library()  # pyright: ignore[reportPrivateUsage]
+    found = kernels.library()
     if found is None:
         raise RuntimeError(f"this needs the compiled kernels: {native.status()}")
     return found
@@ -177,44 +177,19 @@ def _misfit(x: Tensor, cols: int) -> ValueError:
     return ValueError(f"a layer of {cols} inputs was given activations of shape {tuple(x.shape)}")
 
 
-class Lut:
-    """The look-up form of a weight, a second copy; `weight` points into it."""
-
-    def __init__(self, stored: Stored) -> None:
-        base = stored.weight()
-        size = int(library().rarefy_lut_bytes(ctypes.byref(base)))
-        if not size:
-            raise ValueError(f"a weight of shape {tuple(stored.shape)} has no look-up form")
-        self._memory = _empty(size + 64, dtype=torch.uint8)
-        self.nbytes = size
-        self._weight = Weight()
-        at = self._memory.data_ptr()
-        check(library().rarefy_lut_build(ctypes.byref(base), at + -at % 64, ctypes.byref(self._weight)))
-
-    def weight(self) -> Weight:
-        """What kernels take; this object keeps its memory."""
-        return self._weight
-
-
 class Copies:
     """A stored weight and what else its table asks for: other forms of it, made once, not saved."""
 
     def __init__(self, stored: Stored) -> None:
         self.stored = stored
-        self._made: dict[tuple[int, int], Stored | Lut] = {(int(stored.form), stored.block): stored}
+        self._made: dict[tuple[int, int], Stored] = {(int(stored.form), stored.block): stored}
 
-    def get(self, form: Form, block: int) -> Stored | Lut:
+    def get(self, form: Form, block: int) -> Stored:
         """The weight in a form. Raises ValueError where it has none."""
         key = (int(form), block)
         if key not in self._made:
-            self._made[key] = Lut(self.base()) if form == Form.LUT else runnable(self.stored, form, block)
+            self._made[key] = runnable(self.stored, form, block)
         return self._made[key]
-
-    def base(self) -> Stored:
-        """In a form without blocks, from which the look-up form is built."""
-        if self.stored.block == 1 and self.stored.form in (Form.BITMAP, Form.INDEX16):
-            return self.stored
-        return runnable(self.stored, Form.BITMAP, 1)
 
     @property
     def nbytes(self) -> int:

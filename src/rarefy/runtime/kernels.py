@@ -146,8 +146,8 @@ def available() -> bool:
 
 def runs(form: Form, dtype: DType, algorithm: Algorithm) -> bool:
     """Whether a kernel exists for it in the instruction set in use."""
-    library = _library()
-    return library is not None and bool(library.rarefy_runs(form, dtype, algorithm))
+    found = library()
+    return found is not None and bool(found.rarefy_runs(form, dtype, algorithm))
 
 
 def slot(activations: Tensor | None, features: int, dtype: DType = DType.F32) -> Slot:
@@ -160,13 +160,11 @@ def slot(activations: Tensor | None, features: int, dtype: DType = DType.F32) ->
 
 def run(steps: ctypes.Array[Step], slots: Sequence[Slot], tokens: int, threads: int | None = None) -> int:
     """All steps for `tokens` tokens; 0 or what kernels/rarefy.h says of other numbers. Slots as the header says."""
-    library = _library()
-    if library is None:
+    found = library()
+    if found is None:
         return 1
     array = (Slot * len(slots))(*slots)
-    return cast(
-        int, library.rarefy_run(steps, len(steps), array, len(slots), tokens, threads or torch.get_num_threads())
-    )
+    return cast(int, found.rarefy_run(steps, len(steps), array, len(slots), tokens, threads or torch.get_num_threads()))
 
 
 def linear(
@@ -198,10 +196,10 @@ def linear(
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
     """The library with the signatures of what is called here."""
-    library = native.library()
-    if library is None:
+    found = native.library()
+    if found is None:
         return None
     pointer, c32, c64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     signatures: dict[str, tuple[list[type], type]] = {
@@ -209,9 +207,14 @@ def _library() -> ctypes.CDLL | None:
         "rarefy_run": ([ctypes.POINTER(Step), c32, ctypes.POINTER(Slot), c32, c64, c32], ctypes.c_int),
         "rarefy_lut_bytes": ([ctypes.POINTER(Weight)], ctypes.c_size_t),
         "rarefy_lut_build": ([ctypes.POINTER(Weight), pointer, ctypes.POINTER(Weight)], ctypes.c_int),
+        "rarefy_lut_decode": (
+            [ctypes.POINTER(Weight), pointer, pointer, pointer, ctypes.POINTER(Weight)],
+            ctypes.c_int,
+        ),
+        "rarefy_lut_check": ([ctypes.POINTER(Weight), c64], ctypes.c_int),
         "rarefy_conv": ([ctypes.POINTER(Conv2d), pointer, pointer, pointer, c64, c32], ctypes.c_int),
     }
     for name, (arguments, result) in signatures.items():
-        function = getattr(library, name)
+        function = getattr(found, name)
         function.argtypes, function.restype = arguments, result
-    return library
+    return found

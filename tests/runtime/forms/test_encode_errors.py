@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rarefy.runtime import kernels
 from rarefy.runtime.forms import FileForm, encode, quantize
 from rarefy.runtime.kernels import Form
 
@@ -61,9 +62,15 @@ def test_other_blocks(form: Form, block: int):
         encode(torch.zeros(8, 8), form=form, block=block)
 
 
-def test_the_look_up_form_is_not_stored():
-    with pytest.raises(ValueError, match="LUT is not stored"):
+def test_the_look_up_form_needs_compiled_kernels(monkeypatch):
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    with pytest.raises(ValueError, match="compiled kernels"):
         encode(torch.zeros(8, 8), form=Form.LUT)
+
+
+def test_the_look_up_form_of_too_many_columns():
+    with pytest.raises(ValueError, match="65536 columns" if kernels.available() else "compiled kernels"):
+        encode(torch.zeros(1, 70000), form=Form.LUT)
 
 
 def test_a_full_panel():

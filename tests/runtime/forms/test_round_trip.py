@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rarefy.runtime.forms import FileForm, Stored, convert, encode, from_bytes, quantize, runnable, smallest
-from rarefy.runtime.kernels import DType, Form, Weight
+from rarefy.runtime.kernels import DType, Form, Weight, available
 
 BLOCKED = [(form, block) for form in (Form.INDEX16, FileForm.PANEL8) for block in (1, 4, 8, 16)]
-FORMS = [(Form.DENSE, 1), (Form.BITMAP, 1), *BLOCKED]
+LOOKED_UP = [(Form.LUT, 1)] if available() else []  # made by compiled kernels
+FORMS = [(Form.DENSE, 1), (Form.BITMAP, 1), *LOOKED_UP, *BLOCKED]
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.int8: torch.int8}
 SIDES = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 127, 128, 255, 256, 257, 513, 1000]))
 

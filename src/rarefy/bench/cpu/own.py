@@ -74,7 +74,7 @@ class Kernel:
 
     def call(self) -> Call:
         """The call itself. Raises RuntimeError at once where no kernel does it."""
-        library = kernels._library()  # pyright: ignore[reportPrivateUsage]
+        library = kernels.library()
         if library is None:
             raise RuntimeError("there are no compiled kernels")
         run, steps, slots, tokens, threads = library.rarefy_run, self._steps, self._slots, len(self.x), self.threads
@@ -216,7 +216,7 @@ def _other(first: tuple[Any, kernels.Weight], lut: bool) -> tuple[Any, kernels.W
 
 
 def _lut(stored: Any) -> tuple[Tensor, kernels.Weight]:
-    library = kernels._library()  # pyright: ignore[reportPrivateUsage]
+    library = kernels.library()
     source, made = stored.weight(), kernels.Weight()
     size = 0 if library is None else library.rarefy_lut_bytes(ctypes.byref(source))
     if library is None or not size:

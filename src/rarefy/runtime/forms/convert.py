@@ -27,6 +27,11 @@ def convert(stored: Stored, form: AnyForm, block: int | None = None) -> Stored:
         block = stored.block if form in (Form.INDEX16, FileForm.PANEL8) else 1
     if (form, block) == (stored.form, stored.block):
         return stored
+    if form == Form.LUT:
+        return convert(stored, stored.form if stored.form == Form.INDEX16 else Form.BITMAP, 1).looked_up()
+    stored = stored.opened()
+    if (form, block) == (stored.form, stored.block):
+        return stored
     if block == stored.block and Form.DENSE not in (form, stored.form):
         return rebuild(stored, form)
     mask = None if form == Form.DENSE else stored.mask()
@@ -51,6 +56,7 @@ def smallest(stored: Stored) -> Stored:
     """
     if stored.form == Form.DENSE:
         return stored
+    stored = stored.opened()
     old = stored.header
     panels = replace(old, form=FileForm.PANEL8)
     if old.cols <= MAX_COLS and sum(panels.lengths()[:2]) < sum(_bitmap(stored).lengths()[:2]):

@@ -30,7 +30,8 @@ def encode(
 
     weight: [rows, cols] float32 or bfloat16, or int8 in [−127, 127] with scales [rows] float32: the weight is then
     scale × value. mask: bool [rows, cols], true where an entry is kept, whatever its value; by default the entries
-    that are not zero. form: BITMAP, INDEX16 (up to 65 536 columns), DENSE (keeps every entry, takes no mask) or PANEL8.
+    that are not zero. form: BITMAP, INDEX16 (up to 65 536 columns), LUT (as many, by compiled kernels), DENSE (keeps
+    every entry, takes no mask) or PANEL8.
     block: rows of a unit, 1, 4, 8 or 16 (INDEX16 and PANEL8); a unit is kept whole where one of its entries is.
     Raises ValueError for other dtypes and shapes, for entries outside the mask that are not zero, and where the form
     cannot hold the weight.
@@ -42,6 +43,8 @@ def encode(
     tensor([[0., 2.],
             [3., 0.]])
     """
+    if form == Form.LUT:
+        return encode(weight, mask=mask, scales=scales).looked_up()
     dtype = _check(weight, mask, scales)
     bits = bits_of(weight.detach().contiguous())
     kept = None if mask is None else mask.detach().contiguous().numpy()

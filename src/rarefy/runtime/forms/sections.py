@@ -21,8 +21,8 @@ BITS = {4: np.dtype("<u4"), 2: np.dtype("<u2"), 1: np.dtype("<u1")}  # a value's
 class Sections:
     """One stored form: its header, its bytes, and the starts of block rows where kernels need them.
 
-    bytes: uint8, 1-D, contiguous, at a multiple of 64 bytes. starts: int32 [block rows + 1], the bits of a uint32; in
-    the bytes for INDEX16, beside them for BITMAP, None for forms without.
+    bytes: uint8, 1-D, contiguous, at a multiple of 64 bytes. starts: int32 [block rows + 1] (LUT: [slices of 16 rows +
+    1]), the bits of a uint32; in the bytes for INDEX16 and LUT, beside them for BITMAP, None for forms without.
     """
 
     header: Header
@@ -52,9 +52,8 @@ class Sections:
     @property
     def nbytes(self) -> int:
         """Bytes in memory: the form, and starts beside it."""
-        starts = self.starts
-        beside = 0 if starts is None or self.form == Form.INDEX16 else starts.numel() * starts.element_size()
-        return self.bytes.numel() + beside
+        beside = self.starts if self.form == Form.BITMAP else None
+        return self.bytes.numel() + (0 if beside is None else beside.numel() * beside.element_size())
 
     @property
     def index(self) -> Tensor:
@@ -63,8 +62,10 @@ class Sections:
 
     @property
     def values(self) -> Tensor:
-        """Values [units, block] (DENSE: [rows, cols]) in torch's dtype for them."""
+        """Values [units, block] (DENSE: [rows, cols]; LUT: [steps, per step]) in torch's dtype for them."""
         header = self.header
+        if self.form == Form.LUT:
+            return self._section(1).view(TORCH[header.dtype]).view(header.steps, 64 // WIDTH[header.dtype])
         shape = self.shape if self.form == Form.DENSE else (header.units, header.block)
         return self._section(1).view(TORCH[header.dtype]).view(shape)
 

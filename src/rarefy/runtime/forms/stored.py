@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rarefy.axes.top_k import from_array
-from rarefy.runtime.forms import decode
+from rarefy.runtime.forms import decode, lut
 from rarefy.runtime.forms.header import SIZE, FileForm, Header
 from rarefy.runtime.forms.sections import Sections, aligned, from_bits, starts_tensor
 from rarefy.runtime.forms.validate import checked_starts
@@ -37,11 +37,24 @@ class Stored(Sections):
 
     def entries(self) -> Tensor:
         """The weight as it is stored, a fresh tensor [rows, cols]: as `dense()`, int8 without its scales."""
+        if self.form == Form.LUT:
+            return self.opened().entries()
         return from_bits(decode.entries(self), self.dtype)
 
     def mask(self) -> Tensor:
         """Which entries are kept, a fresh bool [rows, cols]: whole units, whatever their values. DENSE keeps all."""
+        if self.form == Form.LUT:
+            return self.opened().mask()
         return from_array(decode.mask(self))
+
+    def opened(self) -> Stored:
+        """LUT as a bitmap, whose units can be read one by one; another form itself."""
+        return Stored(*lut.bitmap(self, self.weight())) if self.form == Form.LUT else self
+
+    def looked_up(self) -> Stored:
+        """A form without blocks as LUT. Raises ValueError where there is none, or no kernels that make it."""
+        header, data = lut.build(self.header, self.weight())
+        return Stored(header, data, _inside(header, data))
 
     def weight(self) -> Weight:
         """What kernels take: pointers into this form, which the caller keeps alive. Not for PANEL8.
@@ -87,13 +100,16 @@ def from_bytes(data: Tensor) -> Stored:
         raise ValueError(f"{header} takes {header.offsets()[-1]} bytes; got {data.numel()}: it is cut short or damaged")
     data = aligned(data)
     stored = Stored(header, data, _inside(header, data))
+    if header.form == Form.LUT:
+        lut.check(stored.weight(), header)
+        return stored
     starts = checked_starts(stored)
     return stored if header.form != Form.BITMAP else Stored(header, data, starts_tensor(starts))
 
 
 def _inside(header: Header, data: Tensor) -> Tensor | None:
-    """The starts that the bytes hold: INDEX16 only."""
-    if header.form != Form.INDEX16:
+    """The starts that the bytes hold: INDEX16 and LUT only."""
+    if header.form not in (Form.INDEX16, Form.LUT):
         return None
     first, length = header.offsets()[3], header.lengths()[3]
     return data[first : first + length].view(torch.int32)
