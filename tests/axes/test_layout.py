@@ -74,6 +74,28 @@ def test_one_group_is_a_view():
     assert weight[1, 2] == 1
 
 
+@SETTINGS
+@given(dims, dims, dims, st.booleans())
+def test_stacked_matrices_lie_one_after_the_other(stacked: int, rows: int, columns: int, inputs_first: bool):
+    layout = Layout(transposed=inputs_first, stacked=stacked)
+    matrices = torch.arange(stacked * rows * columns).view(stacked, rows, columns)
+    stored = matrices.mT.contiguous() if inputs_first else matrices
+    canonical = layout.canonical(stored)
+    assert torch.equal(canonical, torch.cat(list(matrices)))
+    assert torch.equal(layout.restore(canonical), stored)
+
+
+def test_errors_of_stacked_matrices():
+    with pytest.raises(ValueError, match=r"stacked must be 0 or more"):
+        Layout(stacked=-1)
+    with pytest.raises(ValueError, match=r"have no groups"):
+        Layout(groups=2, stacked=3)
+    with pytest.raises(ValueError, match=r"3 dimensions with 2 matrices along the first; got shape \(3, 4, 5\)"):
+        Layout(stacked=2).canonical(torch.zeros(3, 4, 5))
+    with pytest.raises(ValueError, match=r"2 dimensions with 2 matrices along the first; got shape \(3, 4\)"):
+        Layout(stacked=2).restore(torch.zeros(3, 4))
+
+
 def test_errors_name_shape_and_groups():
     with pytest.raises(ValueError, match=r"groups must be at least 1"):
         Layout(groups=0)

@@ -183,3 +183,55 @@ def test_a_site_before_any_mask():
     assert torch.equal(site.weight, site.parameter)
     with pytest.raises(RuntimeError, match="has no gradient in this step"):
         _ = site.gradient
+
+
+class Conv1D(nn.Module):
+    """As transformers has it."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.zeros(nx, nf)), nn.Parameter(torch.zeros(nf))
+
+
+def test_transformers_linear_layer_that_stores_inputs_first():
+    model = nn.ModuleDict({"c": Conv1D(6, 4)})
+    (site,) = find_sites(model)
+    assert (site.name, site.shape, site.stored_shape) == ("c.weight", (6, 4), (4, 6))
+    other = nn.ModuleDict({"c": Conv1D(6, 4), "l": nn.Linear(2, 2)})
+    del other["c"].nf  # some other class of that name
+    assert names(other) == ["l.weight"]
+
+
+class SomeExperts(nn.Module):
+    def __init__(self, **said) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.Parameter(torch.zeros(3, 8, 4)), nn.Parameter(torch.zeros(3, 4, 5))
+        self.bias, self.free = nn.Parameter(torch.zeros(3, 8)), nn.Parameter(torch.zeros(3, 2, 2, 2))
+        for name, value in said.items():
+            setattr(self, name, value)
+
+
+@pytest.mark.parametrize(
+    ("said", "up", "down"),
+    [
+        ({}, (24, 4), (12, 5)),
+        ({"is_transposed": False, "hidden_size": 8}, (24, 4), (12, 5)),
+        ({"is_transposed": True}, (12, 8), (15, 4)),
+        ({"hidden_size": 4}, (24, 4), (12, 5)),
+        ({"hidden_dim": 8}, (12, 8), (12, 5)),  # `down_proj` has no axis of that length
+    ],
+)
+def test_fused_experts_are_stacked_matrices(said, up: tuple[int, int], down: tuple[int, int]):
+    first, second = find_sites(SomeExperts(**said))
+    assert (first.name, second.name) == ("gate_up_proj", "down_proj")
+    assert (first.shape, second.shape) == (up, down)
+    assert first.layout.stacked == 3
+    assert first.layout.restore(first.layout.canonical(first.weight)).shape == (3, 8, 4)
+
+
+def test_experts_that_write_the_hidden_states_have_them_as_outputs():
+    model = SomeExperts(hidden_size=5)
+    assert [site.shape for site in find_sites(model, only="down_proj")] == [(15, 4)]
+    model.hidden_size = 4
+    assert [site.shape for site in find_sites(model, only="down_proj")] == [(12, 5)]

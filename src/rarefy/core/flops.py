@@ -62,7 +62,7 @@ def measure(model: nn.Module, example: Any) -> dict[str, float]:
     handles = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, kinds)]
     by_product = _Products(model)
     try:
-        with undisturbed(model), torch.no_grad(), _no_fused_attention(), by_product:
+        with undisturbed(model), torch.no_grad(), no_fused_attention(), by_product:
             model.eval()
             call(model, example)
     finally:
@@ -118,7 +118,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 @contextmanager
-def _no_fused_attention() -> Generator[None]:
+def no_fused_attention() -> Generator[None]:
     """torch's attention has a fused path in evaluation mode, inside which no product can be seen."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -16,13 +16,11 @@ from torch import Tensor, nn
 from rarefy.axes import Layout, Pattern, Unstructured
 from rarefy.core import bits
 from rarefy.core.held import Held, full, local, whole
+from rarefy.core.layouts import DEFAULT_LAYERS, is_default, layout_of
 from rarefy.core.sparse.linear import SparseLinear
 
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 """A parameter or module name, a glob over either, a module class, or a predicate of (parameter name, module)."""
-
-_CONV_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_DEFAULT = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_CONV_TRANSPOSED)
 
 
 @dataclass(eq=False)
@@ -133,9 +131,10 @@ def find_sites(
 ) -> list[Site]:
     """The sites of `model`, in the order of its parameters.
 
-    By default: weights of Linear, Conv1d–3d and ConvTranspose1d–3d. `only` chooses among all tensors with two or more
-    axes (embeddings and attention projections too); `skip` leaves some out. Raises ValueError when a selector matches
-    nothing or nothing is left, and for weights that are computed from other parameters.
+    By default: weights of Linear, Conv1d–3d, ConvTranspose1d–3d and transformers' Conv1D, and the stacked matrices of
+    fused experts (three-axis parameters of a module whose class name ends in "Experts"). `only` chooses among all
+    tensors with two or more axes (embeddings and attention projections too); `skip` leaves some out. Raises ValueError
+    when a selector matches nothing or nothing is left, and for weights that are computed from other parameters.
 
     >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     >>> [site.name for site in find_sites(model, skip="2")]
@@ -154,7 +153,7 @@ def find_sites(
         raise ValueError(
             f"no site: {type(model).__name__} has {len(candidates)} weight tensors with two or more axes"
             f"{_list(c.name for c in candidates)}, and only={only!r}, skip={skip!r} left none of "
-            f"{', '.join(m.__name__ for m in _DEFAULT)}. Name some in only=."
+            f"{', '.join(m.__name__ for m in DEFAULT_LAYERS)}. Name some in only=."
         )
     sites = [c.site(index) for index, c in enumerate(chosen)]
     for site in sites:
@@ -176,21 +175,14 @@ class _Candidate:
 
     @property
     def default(self) -> bool:
-        return any(_is_default(name, module) for name, module in self.owners)
+        return any(is_default(name, module, self.parameter) for name, module in self.owners)
 
     def matches(self, selector: Selector) -> bool:
         return any(_matches(selector, name, module) for name, module in self.owners)
 
     def site(self, index: int) -> Site:
-        module = next((m for name, m in self.owners if _is_default(name, m)), self.owners[0][1])
-        transposed = isinstance(module, _CONV_TRANSPOSED)
-        layout = Layout(transposed=transposed, groups=int(getattr(module, "groups", 1)) if transposed else 1)
-        return Site(self.name, module, Held(self.name, self.parameter), layout, index)
-
-
-def _is_default(name: str, module: nn.Module) -> bool:
-    """A layer's own weight; matrices that a subclass adds (adapters) are not meant unless named."""
-    return isinstance(module, _DEFAULT) and name.rpartition(".")[2] == "weight"
+        name, module = next((o for o in self.owners if is_default(*o, self.parameter)), self.owners[0])
+        return Site(self.name, module, Held(self.name, self.parameter), layout_of(name, module, self.parameter), index)
 
 
 def _candidates(model: nn.Module) -> list[_Candidate]:
@@ -255,7 +247,7 @@ def _refuse_computed(model: nn.Module, only: list[Selector] | None, skip: list[S
     for name, module in _modules(model):
         if isinstance(module, SparseLinear):  # `sparsify` has refused those that a handle may own
             continue
-        if not isinstance(module, _DEFAULT) or "weight" in dict(module.named_parameters(recurse=False)):
+        if not isinstance(module, DEFAULT_LAYERS) or "weight" in dict(module.named_parameters(recurse=False)):
             continue
         full_name = f"{name}.weight" if name else "weight"
         if only is not None and not any(_matches(s, full_name, module) for s in only):

@@ -1,0 +1,158 @@
+"""From what is observed to statistics: one accumulator for every set of rows, shared by those that read one tensor."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from rarefy.core.capture.operands import Rows
+from rarefy.core.capture.statistics import Accumulator, Statistics
+from rarefy.core.sites import Site
+
+_RECENT = 4  # inputs remembered, so that the next matrices that read the same one are recognised
+
+
+class Unshared(BaseException):
+    """Matrices that shared their inputs no longer do: the pass must start again. No model may catch it."""
+
+
+@dataclass
+class _Slot:
+    accumulator: Accumulator
+    leader: Rows
+    calls: int = 0
+
+
+@dataclass
+class _Input:
+    tensor: Tensor  # held, so that its memory is not used again meanwhile
+    version: int
+    recipe: object
+    leader: Rows
+
+    def is_read_by(self, source: Tensor, recipe: object) -> bool:
+        kept = self.tensor
+        if recipe != self.recipe or source.shape != kept.shape or source.dtype != kept.dtype:
+            return False
+        if kept._version != self.version:
+            return False
+        if (source.data_ptr(), source.stride()) == (kept.data_ptr(), kept.stride()):
+            return True
+        return bool(torch.equal(source[:1], kept[:1])) and bool(torch.equal(source, kept))
+
+
+class Collector:
+    """A sink of the Observer. `separate`: rows known not to share; grown when `Unshared` is raised."""
+
+    def __init__(self, gram: torch.dtype | None, separate: set[Rows] | None = None) -> None:
+        self.gram = gram
+        self.separate: set[Rows] = set() if separate is None else separate
+        self.sequences = 1
+        self._slots: dict[Rows, _Slot] = {}
+        self._recent: deque[_Input] = deque(maxlen=_RECENT)
+
+    def begin(self, sequences: int) -> None:
+        """A run begins, with a batch of so many sequences."""
+        self.sequences = sequences
+        self._recent.clear()
+
+    def end(self) -> None:
+        """A run is over. Raises Unshared when rows that share were not called as often as each other."""
+        self._recent.clear()
+        for rows, slot in self._slots.items():
+            if slot.calls != self._slots[slot.leader].calls:
+                self._unshare(rows)
+
+    def take(self, rows: Rows, source: Tensor, recipe: object, make: Callable[[], Iterator[Tensor]]) -> None:
+        """See Sink."""
+        twin = next((i.leader for i in self._recent if i.is_read_by(source, recipe)), None)
+        slot = self._slots.get(rows)
+        if slot is None:
+            slot = self._slots[rows] = self._new_slot(rows, recipe, source, twin)
+        slot.calls += 1
+        if slot.leader != rows:
+            if twin != slot.leader:
+                self._unshare(rows)
+            return
+        for x in make():
+            slot.accumulator.add(self._by_sequence(rows.site, x))
+        self._recent.append(_Input(source, source._version, recipe, rows))
+
+    def reached(self, rows: Rows) -> None:
+        """See Sink. No token is no statistics."""
+
+    def _new_slot(self, rows: Rows, recipe: object, source: Tensor, twin: Rows | None) -> _Slot:
+        if twin is not None and rows not in self.separate and self._slots[twin].calls == 1:
+            return _Slot(self._slots[twin].accumulator, twin)
+        groups = int(getattr(recipe, "groups", 1))
+        return _Slot(Accumulator(rows.width, matrices=groups, gram=self.gram, device=source.device), rows)
+
+    def _by_sequence(self, site: Site, x: Tensor) -> Tensor:
+        """Tokens as (sequences, tokens of each, ...): experts see tokens of all sequences mixed."""
+        if x.ndim > 2:
+            return x
+        known = not site.layout.stacked and len(x) % self.sequences == 0
+        return cast(Any, x).unflatten(0, (self.sequences, -1)) if known else x[None]
+
+    def _unshare(self, rows: Rows) -> None:
+        self.separate.add(rows)
+        raise Unshared
+
+    def seen(self, site: Site) -> bool:
+        """Whether any input of the site was observed."""
+        return any(rows.site is site for rows in self._slots)
+
+    def finish(self, sites: Sequence[Site]) -> dict[Site, list[Statistics]]:
+        """For each site the statistics of its matrices: equal shares of its rows; one object where they share.
+
+        A matrix that saw no token has tokens = 0 and no gram. Raises ValueError for NaN or infinite inputs.
+        """
+        results: dict[int, list[Statistics]] = {}
+        for rows, slot in self._slots.items():
+            if id(slot.accumulator) not in results:
+                slot.accumulator.refuse_infinite(rows.site.name)
+                results[id(slot.accumulator)] = slot.accumulator.result()
+        found: dict[Site, list[Statistics]] = {}
+        for site in sites:
+            slots = {rows: results[id(s.accumulator)] for rows, s in self._slots.items() if rows.site is site}
+            found[site] = _of_site(site, slots)
+        self._slots.clear()
+        return found
+
+
+def _of_site(site: Site, slots: dict[Rows, list[Statistics]]) -> list[Statistics]:
+    total = site.shape[0]
+    unit = total // max(1, site.layout.stacked)
+    for rows, parts in slots.items():
+        unit = math.gcd(unit, rows.start, (rows.stop - rows.start) // len(parts))
+    found: list[Statistics] = []
+    for start in range(0, total, unit):
+        covering = [
+            parts[(start - rows.start) * len(parts) // (rows.stop - rows.start)]
+            for rows, parts in slots.items()
+            if rows.start <= start < rows.stop
+        ]
+        found.append(_together(covering, site))
+    return found
+
+
+def _together(parts: Sequence[Statistics], site: Site) -> Statistics:
+    """One part as it is; of several the sum; of none, nothing."""
+    if len(parts) == 1:
+        return parts[0]
+    zero = torch.zeros(3, site.numel // site.shape[0], dtype=torch.float64, device=site.parameter.device)
+    found = Statistics(0, 0, *zero.unbind())
+    for part in parts:
+        found.tokens += part.tokens
+        found.sequences += part.sequences
+        for own, other in ((found.squares, part.squares), (found.sums, part.sums), (found.within, part.within)):
+            own += other
+        if part.gram is not None:
+            found.gram = part.gram.clone() if found.gram is None else found.gram.add_(part.gram)
+    return found
