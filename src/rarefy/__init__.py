@@ -12,6 +12,7 @@ Six axes (allocation, score, pattern, schedule, update rule, execution), one ver
 
 from rarefy.axes import (
     NM,
+    OWL,
     AtLeast,
     Balanced,
     Block,
@@ -47,6 +48,7 @@ from rarefy.core import (
 )
 from rarefy.io import load, save
 from rarefy.methods import (
+    ALPS,
     GMP,
     IMP,
     ITOP,
@@ -54,25 +56,32 @@ from rarefy.methods import (
     SNIP,
     SRSTE,
     Dense,
+    DSnoT,
+    EssentialSparsity,
     GraNet,
     GraSP,
     Magnitude,
     Prune,
     Random,
     RandomSearch,
+    Refit,
     RigL,
+    SparseGPT,
     SynFlow,
     TopKAST,
+    Wanda,
 )
 from rarefy.runtime import PackReport, pack, unpack
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ALPS",
     "GMP",
     "IMP",
     "ITOP",
     "NM",
+    "OWL",
     "SET",
     "SNIP",
     "SRSTE",
@@ -84,10 +93,12 @@ __all__ = [
     "ConstantFanIn",
     "Cosine",
     "Cubic",
+    "DSnoT",
     "Dense",
     "Driver",
     "ErdosRenyi",
     "ErdosRenyiKernel",
+    "EssentialSparsity",
     "Every",
     "Global",
     "GraNet",
@@ -102,14 +113,17 @@ __all__ = [
     "Prune",
     "Random",
     "RandomSearch",
+    "Refit",
     "RigL",
     "Score",
+    "SparseGPT",
     "Sparsity",
     "SynFlow",
     "TopKAST",
     "Uniform",
     "UniformPlus",
     "Unstructured",
+    "Wanda",
     "all_methods",
     "check",
     "load",

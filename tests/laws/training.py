@@ -19,9 +19,11 @@ STEPS = 60
 SMALL: dict[str, dict[str, Any]] = {
     "Dense": {},
     "GMP": {"sparsity": 0.8, "schedule": Cubic(start=5, end=0.75, every=4)},
+    "DSnoT": {"method": rarefy.Wanda(0.75)},
     "GraNet": {"sparsity": 0.8, "schedule": Cubic(initial=0.5, start=0, end=0.6, every=5), "every": Every(5, 1.0)},
     "ITOP": {"sparsity": 0.7, "every": Every(6, 1.0)},
     "RandomSearch": {"sparsity": 0.75, "candidates": 3},
+    "Refit": {"method": rarefy.Wanda(0.75)},
     "RigL": {"sparsity": 0.7, "every": Every(4, 0.75)},
     "SET": {"sparsity": 0.7, "every": Every(4, 1.0)},
     "SRSTE": {"pattern": "2:4"},

@@ -15,6 +15,7 @@ import tiny
 from rarefy import Constant, Cubic, Every
 from rarefy.core.method import Driver, Method
 from rarefy.core.sparsity import Sparsity
+from rarefy.methods.one_shot.layerwise import Layerwise
 
 STEPS = 12
 SPARSITY = 0.8
@@ -78,6 +79,15 @@ ROWS = {
     ),
     "TopKAST": Row(lambda **axes: rarefy.TopKAST(**axes, every=3), per_layer=True, patterns=FREE),
     "SRSTE": Row(rarefy.SRSTE, per_layer=True),
+    "Wanda": Row(lambda **axes: rarefy.Wanda(**axes, group="layer"), per_layer=True),
+    "SparseGPT": Row(rarefy.SparseGPT, per_layer=True),
+    "ALPS": Row(lambda **axes: rarefy.ALPS(**axes, iterations=20), per_layer=True),
+    "DSnoT": Row(
+        lambda **axes: rarefy.DSnoT(rarefy.Wanda(**axes, group="layer")),
+        per_layer=True,
+        patterns=["unstructured", "2:4", "constant_fan_in"],
+    ),
+    "Refit": Row(lambda **axes: rarefy.Refit(rarefy.Magnitude(**axes))),
     "IMP": Row(lambda **axes: rarefy.IMP(**axes, share=0.6), patterns=FREE),
 }
 
@@ -103,8 +113,8 @@ def cnn() -> Built:
 
 
 def given(method: Any, data: list[tiny.Batch]) -> list[Any]:
-    """What the method takes as `data`: SynFlow an example input without labels."""
-    return [inputs for inputs, _ in data] if isinstance(method, rarefy.SynFlow) else data
+    """What the method takes as `data`: SynFlow and those that look at layers' inputs take no labels."""
+    return [inputs for inputs, _ in data] if isinstance(method, rarefy.SynFlow | Layerwise) else data
 
 
 def start(method: Method, built: Built, steps: int = STEPS, seed: int = 0, **more: Any) -> tuple[Any, Sparsity]:

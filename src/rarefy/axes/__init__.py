@@ -11,6 +11,7 @@ Nothing here knows a module or holds state.
 """
 
 from rarefy.axes.allocation import (
+    OWL,
     Allocation,
     AllocationField,
     AtLeast,
@@ -66,6 +67,7 @@ from rarefy.axes.value import Share, Value, from_dict, registered, value
 
 __all__ = [
     "NM",
+    "OWL",
     "Allocation",
     "AllocationField",
     "AtInit",

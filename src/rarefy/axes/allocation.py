@@ -7,6 +7,7 @@
 | erdos_renyi, erdos_renyi_kernel, erdos_renyi_kernel_plus | density falls with size (erdos_renyi.py) |
 | balanced | each layer the same number, small layers dense |
 | global, lamp | the best scores of all layers (by_score.py) |
+| owl | blocks with more outliers in their inputs keep more (owl.py) |
 | `PerLayer({...})` or a dict | a sparsity per layer |
 | `AtLeast(allocation)` | another allocation with a floor for each layer |
 
@@ -25,11 +26,13 @@ from torch import Tensor
 from rarefy.axes.budget import Allocation, Layer, Proportional, highest_sparsity
 from rarefy.axes.by_score import Global, Lamp, lamp_scores
 from rarefy.axes.erdos_renyi import ErdosRenyi, ErdosRenyiKernel, ErdosRenyiKernelPlus
+from rarefy.axes.owl import OWL
 from rarefy.axes.shorthand import parse_named
 from rarefy.axes.uniform import Balanced, PerLayer, Uniform, UniformPlus
 from rarefy.axes.value import Share, value
 
 __all__ = [
+    "OWL",
     "Allocation",
     "AllocationField",
     "AtLeast",
@@ -58,6 +61,7 @@ _names = {
     "balanced": Balanced,
     "global": Global,
     "lamp": Lamp,
+    "owl": OWL,
 }
 
 

@@ -1,0 +1,239 @@
+"""Block by block: every matrix of a block is solved from its inputs, which the blocks pruned before it have made.
+
+A method of this kind overrides `solve`, from one matrix to a mask and perhaps new weights. `Pruner` is the base of
+those that choose units by a budget, `Stage` of those that go on from another method's mask.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Annotated, Any, ClassVar, cast
+
+import torch
+from pydantic import BeforeValidator
+from torch import Tensor
+
+from rarefy.axes import AllocationField, Pattern, PatternField, Share, largest_remainder, value
+from rarefy.axes.shorthand import parse_named
+from rarefy.core.choose import refuse_infinite, units_of
+from rarefy.core.held import local, shard
+from rarefy.core.method import Method
+from rarefy.core.sites import Site
+from rarefy.core.sparsity import Sparsity
+from rarefy.methods.one_shot.budgets import Budget, budgets
+from rarefy.methods.one_shot.captured import walk
+from rarefy.methods.one_shot.matrix import Matrix, Solved, choose_mask
+from rarefy.methods.one_shot.originals import Originals
+from rarefy.methods.one_shot.prune import ByScore
+from rarefy.methods.one_shot.views import from_matrix, line_of, permuted, to_matrix
+
+
+class Layerwise(Method):
+    """Solves matrix by matrix. gram: whether `solve` needs Σ x xᵀ. rewrites: whether it returns new weights."""
+
+    gram: ClassVar[bool] = False
+    rewrites: ClassVar[bool] = False
+    needs = frozenset({"data"})
+    stage = "one shot"
+    labels = ("static", "dense-to-sparse", "simulated")
+
+    sparsity: Any
+    allocation: Any
+    pattern: Any
+
+    def solve(self, matrix: Matrix) -> Solved:
+        """The mask, and new weights, of one matrix. Pure."""
+        raise NotImplementedError(f"{type(self).__name__} has no solve()")
+
+    def given(self, s: Sparsity) -> dict[Site, Tensor]:
+        """Masks known before any input is seen; those of a method that scores weights alone."""
+        return {}
+
+    def begin(self, s: Sparsity) -> None:
+        """Prune block by block. On an error every weight is put back; the error names the block."""
+        run = _Run(self, s)
+        with Originals() as originals:
+            try:
+                run.all_blocks(originals)
+            except BaseException as error:
+                originals.restore()
+                if run.at and isinstance(error, Exception):  # an interrupt is passed on as it is
+                    raise _named(error, run.at) from error
+                raise
+
+
+@value
+class Pruner(Layerwise):
+    """Args:
+    sparsity: share of zeros; may be left out with an n:m pattern.
+    allocation: how many weights each layer keeps: "uniform", "owl", "erdos_renyi", sparsities by name; those that
+        compare the scores of all layers ("global", "lamp") cannot be used, for these become known one after the other.
+    pattern: where zeros may lie, such as "unstructured", "2:4" (2 kept), "4x1", "constant_fan_in".
+    """
+
+    sparsity: Share | None = None
+    allocation: AllocationField = "uniform"
+    pattern: PatternField = "unstructured"
+
+    def __post_init__(self) -> None:
+        if self.allocation.needs_scores:
+            raise ValueError(
+                f"{type(self).__name__}: {self.allocation} compares the scores of all layers, but each layer's become "
+                'known after those before it are pruned; use "uniform", "owl" or "erdos_renyi"'
+            )
+
+
+def _parse_method(x: object) -> Method:
+    found = parse_named(x, Method, {}, "a method that chooses a mask; Wanda(0.5), say, is one")
+    if not isinstance(found, Layerwise | ByScore):
+        raise ValueError(f"{found} does not choose masks at once; use Wanda, SparseGPT, ALPS, DSnoT or Magnitude")
+    if isinstance(found, ByScore) and cast(Any, found.score).gradient is not None:
+        raise ValueError(f"{found} needs gradients, which are not at hand block by block; use Wanda or Magnitude")
+    return found
+
+
+MethodField = Annotated[Any, BeforeValidator(_parse_method)]
+"""The type of a field that holds the method whose mask a stage goes on from."""
+
+
+class Stage(Layerwise):
+    """Goes on from the mask of another method, `method`: of its sparsity, allocation and pattern."""
+
+    method: Any
+
+    @property
+    def sparsity(self) -> float | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.method.sparsity
+
+    @property
+    def allocation(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.method.allocation
+
+    @property
+    def pattern(self) -> Pattern:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.method.pattern
+
+    def given(self, s: Sparsity) -> dict[Site, Tensor]:
+        if isinstance(self.method, Layerwise):
+            return self.method.given(s)
+        self.method.begin(s)
+        return {site: s._staged[site.index][0] for site in s.sites}
+
+    def first(self, matrix: Matrix) -> Solved:
+        """What the method makes of the matrix."""
+        if isinstance(self.method, Layerwise):
+            return self.method.solve(matrix)
+        assert matrix.mask is not None
+        return Solved(matrix.mask)
+
+
+def collects_gram(method: Method) -> bool:
+    """Whether Σ x xᵀ is needed, here or in the methods within."""
+    inner = getattr(method, "method", None)
+    return bool(getattr(method, "gram", False)) or (inner is not None and collects_gram(inner))
+
+
+class _Run:
+    """One walk through the model. at: the block at work or just finished, for errors."""
+
+    def __init__(self, method: Layerwise, s: Sparsity) -> None:
+        self.method, self.s = method, s
+        self.at = ""
+        self.done: set[Site] = set()
+        self.unseen: list[str] = []
+        self.double = any(site.parameter.dtype == torch.float64 for site in s.sites)
+        self.given: dict[Site, Tensor] = {}
+        self.budgets: dict[Site, Budget] = {}
+
+    def all_blocks(self, originals: Originals) -> None:
+        self.given = self.method.given(self.s)
+        self.budgets = budgets(self.method, self.s, self.given)
+        dtype = (torch.float64 if self.double else torch.float32) if collects_gram(self.method) else None
+        for captured in walk(self.s.model, self.s.sites, self.s.data, gram=dtype):
+            self.at = f"block {captured.block.name!r}"
+            self._solve_block(captured.statistics, originals)
+            self.at = f"after {self.at}"
+        for site in self.s.sites:
+            if site not in self.done:  # no input ever reached it
+                self.at = repr(site.name)
+                self._solve_site(site, [None], {}, originals)
+        if self.unseen:
+            shown = ", ".join(self.unseen[:4]) + (", …" if len(self.unseen) > 4 else "")
+            warnings.warn(
+                f"no calibration input reached {len(self.unseen)} matrices ({shown}): pruned by magnitude instead. "
+                "More calibration text may reach them.",
+                stacklevel=2,
+            )
+
+    def _solve_block(self, statistics: Mapping[Site, list[Any]], originals: Originals) -> None:
+        """Sites that read the same inputs follow one another, so that what they share is made once and then let go."""
+        order = {id(found): i for i, found in enumerate(each for its in statistics.values() for each in its[:1])}
+        shared: dict[int, dict[str, Any]] = {}
+        for site in sorted(statistics, key=lambda site: [order[id(x)] for x in statistics[site][:1]]):
+            if site in self.done:
+                continue
+            its = statistics[site]
+            shared = {id(x): shared.get(id(x), {}) for x in its}
+            self._solve_site(site, its, shared, originals)
+
+    def _solve_site(
+        self, site: Site, statistics: Sequence[Any], shared: dict[int, dict[str, Any]], originals: Originals
+    ) -> None:
+        with torch.no_grad():
+            solved = self._solve_matrices(site, statistics, shared)
+            mask = from_matrix(site, solved.mask)
+            originals.remember(site.parameter)
+            if solved.weight is not None:
+                refuse_infinite(site.name, solved.weight, "new weights")
+                local(site.parameter).copy_(shard(from_matrix(site, solved.weight), site.parameter))
+            local(site.parameter).masked_fill_(~shard(mask, site.parameter), 0.0)
+        self.s.keep(site, mask)
+        site.asked = int(units_of(site, mask).sum())
+        self.done.add(site)
+
+    def _solve_matrices(self, site: Site, statistics: Sequence[Any], shared: dict[int, dict[str, Any]]) -> Solved:
+        """Every matrix of the site by itself, joined again."""
+        rows = to_matrix(site, site.weight)
+        parts = rows.chunk(len(statistics))
+        given = to_matrix(site, self.given[site]).chunk(len(statistics)) if site in self.given else [None] * len(parts)
+        budget = self.budgets[site]
+        kept = _split(budget.keep, [part.numel() for part in parts])
+        found: list[Solved] = []
+        for index, (part, seen) in enumerate(zip(parts, statistics, strict=True)):
+            name = site.name if len(parts) == 1 else f"{site.name}[{index}]"
+            if seen is None or not bool(seen.squares.any()):
+                self.unseen.append(name)
+                found.append(Solved(_by_magnitude(site, part, kept[index], given[index])))
+                continue
+            weight = part.to(torch.float64 if self.double else torch.float32)
+            matrix = Matrix(
+                name, weight, permuted(site, seen), site.pattern, kept[index], budget.sparsity, given[index]
+            )
+            matrix.line, matrix.shared = line_of(site), shared[id(seen)]
+            found.append(self.method.solve(matrix))
+        return _joined(found, parts)
+
+
+def _split(keep: int, sizes: Sequence[int]) -> list[int]:
+    return largest_remainder([Fraction(keep * size, sum(sizes)) for size in sizes], keep, sizes)
+
+
+def _by_magnitude(site: Site, weight: Tensor, keep: int, mask: Tensor | None) -> Tensor:
+    return choose_mask(weight.abs(), site.pattern, keep, Fraction(0), "layer", line_of(site)) if mask is None else mask
+
+
+def _joined(found: Sequence[Solved], parts: Sequence[Tensor]) -> Solved:
+    mask = torch.cat([each.mask for each in found])
+    if all(each.weight is None for each in found):
+        return Solved(mask)
+    weights = [
+        part.to(torch.float64 if part.dtype == torch.float64 else torch.float32) if each.weight is None else each.weight
+        for each, part in zip(found, parts, strict=True)
+    ]
+    return Solved(mask, torch.cat(weights))
+
+
+def _named(error: Exception, at: str) -> Exception:
+    """The same kind of error where that takes a text, else a RuntimeError; it says where, and that nothing changed."""
+    kind = type(error) if type(error) in (ValueError, TypeError, MemoryError, OSError) else RuntimeError
+    return kind(f"{at}: {error} Every weight was put back.")
