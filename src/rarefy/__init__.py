@@ -40,13 +40,13 @@ from rarefy.core import (
     Method,
     Sparsity,
     all_methods,
-    check,
     method_from_dict,
     register,
     report,
     sparsify,
 )
-from rarefy.io import load, save
+from rarefy.io import check, load, save
+from rarefy.io import register as _register_with_transformers
 from rarefy.methods import (
     ALPS,
     GMP,
@@ -74,6 +74,8 @@ from rarefy.methods import (
 from rarefy.runtime import PackReport, pack, unpack
 
 __version__ = "0.1.0"
+
+_register_with_transformers()
 
 __all__ = [
     "ALPS",

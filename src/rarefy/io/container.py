@@ -34,7 +34,7 @@ DTYPES: Final = {
     "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
+NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
 Table = dict[str, dict[str, Any]]
 
@@ -47,7 +47,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], contents: Mapping[str, Any]
     for name in tensors:
         if name.startswith("__"):
             raise ValueError(f"names that begin with two underscores belong to the file; got {name!r}")
-    blocks = {name: _bytes_of(tensor) for name, tensor in tensors.items()}
+    blocks = {name: bytes_of(tensor) for name, tensor in tensors.items()}
     table = _table(tensors)
     sums = {name: zlib.crc32(block) for name, block in blocks.items()}
     text = json.dumps({**contents, "checksums": sums}, separators=(",", ":"))
@@ -75,10 +75,8 @@ class Reader:
 
     def __init__(self, path: Path, *, verify: bool = True) -> None:
         self.path, self.verify = path, verify
-        self._map = _map(path)
+        self._map, self._first, self.table, metadata = mapped(path)
         try:
-            header, self._first = _header(self._map)
-            self.table, metadata = _parse(header, len(self._map) - self._first)
             self.contents = _contents(self.table, metadata)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
@@ -111,18 +109,31 @@ class Reader:
         return raw.view(dtype).view(entry["shape"])
 
 
+def mapped(path: Path) -> tuple[mmap.mmap, int, Table, dict[str, Any]]:
+    """Any safetensors file: its bytes, mapped, where its tensors begin, the table of them in the order of their bytes,
+    and its metadata. Raises ValueError, naming the file, where it is cut short, damaged or something else.
+    """
+    data = _map(path)
+    try:
+        header, first = _header(data)
+        return data, first, *_parse(header, len(data) - first)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def is_storable(tensor: Tensor) -> str | None:
     """None if a tensor can be written, else the reason why not."""
     if tensor.layout != torch.strided:
         return f"its layout is {tensor.layout}"
     if tensor.device.type == "meta":
         return "it is on the meta device and has no values"
-    if tensor.dtype not in _NAMES:
+    if tensor.dtype not in NAMES:
         return f"its dtype is {tensor.dtype}, which safetensors does not have"
     return None
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's bytes in row order, on its own memory where it is contiguous and on the CPU."""
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     return memoryview(cast(Any, plain.reshape(-1).view(torch.uint8).numpy())) if plain.numel() else memoryview(b"")
 
@@ -137,7 +148,7 @@ def _table(tensors: Mapping[str, Tensor]) -> Table:
             table[f"{PAD}{pads}"] = {"dtype": "U8", "shape": [first - end], "data_offsets": [end, first]}
             pads += 1
         end = first + tensor.numel() * tensor.element_size()
-        table[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [first, end]}
+        table[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [first, end]}
     return table
 
 
@@ -173,9 +184,7 @@ def _map(path: Path) -> mmap.mmap:
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size < 8:
-            raise ValueError(
-                f"{path}: a file of rarefy.save has at least 8 bytes; this one has {size}: it is cut short"
-            )
+            raise ValueError(f"{path}: a safetensors file has at least 8 bytes; this one has {size}: it is cut short")
         return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
 
 

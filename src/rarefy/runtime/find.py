@@ -152,15 +152,21 @@ def _owners(model: nn.Module, weight: Tensor) -> int:
 
 
 def _count(layer: Layer) -> None:
-    mask = layer.mask
-    layer.kept = int(mask.sum())
-    layer.blocks = {1: layer.kept}
-    if layer.kept == mask.numel():
-        return
+    layer.blocks = blocks_of(layer.mask)
+    layer.kept = layer.blocks[1]
+
+
+def blocks_of(mask: Tensor) -> dict[int, int]:
+    """Stored entries in units of 1, 4, 8 and 16 rows of a mask [rows, cols]; only those that store hardly more."""
+    kept = int(mask.sum())
+    blocks = {1: kept}
+    if kept == mask.numel():
+        return blocks
     for block in BLOCKS:
         stored = _units(mask, block) * block
-        if len(mask) >= block and stored <= _FILLED * max(1, layer.kept):
-            layer.blocks[block] = stored
+        if len(mask) >= block and stored <= _FILLED * max(1, kept):
+            blocks[block] = stored
+    return blocks
 
 
 def _units(mask: Tensor, block: int) -> int:

@@ -49,10 +49,18 @@ class Packed(nn.Module):
 
         stored: its weight, as [rows, cols], in a form that kernels read. Raises ValueError where sizes differ.
         """
-        parameters: dict[str, Any] = module._parameters
-        weight, bias = parameters["weight"], parameters.get("bias")
+        weight, bias = cast(Tensor, module.weight), cast("Tensor | None", module._parameters.get("bias"))
         if stored.shape != (weight.shape[0], weight[0].numel()):
             raise ValueError(f"a stored weight of shape {stored.shape} is none for a weight of {tuple(weight.shape)}")
+        packed = cls._of(module, None, None if bias is None else _bytes_of(bias))
+        packed._take(stored)
+        return packed
+
+    @classmethod
+    def _of(cls, module: nn.Module, weight_bytes: Tensor | None, bias_bytes: Tensor | None) -> Packed:
+        """The module, of this class from now on, with these bytes in the place of its parameters."""
+        parameters: dict[str, Any] = module._parameters
+        weight, bias = parameters["weight"], parameters.get("bias")
         origin = Origin(
             type(module), weight.dtype, None if bias is None else bias.dtype,
             (weight.requires_grad, bias is not None and bias.requires_grad),
@@ -61,9 +69,8 @@ class Packed(nn.Module):
         module.__class__ = cls
         packed = cast(Packed, module)
         packed._origin = origin
-        packed.register_buffer(_WEIGHT, None)
-        packed.register_buffer(_BIAS, None if bias is None else _bytes_of(bias))
-        packed._take(stored)
+        packed.register_buffer(_WEIGHT, weight_bytes)
+        packed.register_buffer(_BIAS, bias_bytes)
         return packed
 
     @classmethod
@@ -76,6 +83,33 @@ class Packed(nn.Module):
         if isinstance(stored.form, FileForm):
             stored = runnable(stored, Form.INDEX16)
         return cls.convert(made, stored)
+
+    @classmethod
+    def hollow(cls, module: nn.Module, length: int) -> Packed:
+        """Turn a dense layer into a packed one on the meta device, in place: its values come later, by `fill`.
+
+        length: bytes of the stored weight that will take the place of `packed_weight`. Weight and bias of the layer are
+        given up; their dtypes and what is trained stay as they are.
+        """
+        bias = cast("Tensor | None", module._parameters.get("bias"))
+        room = None if bias is None else _empty(bias.numel() * bias.element_size())
+        return cls._of(module, _empty(length), room)
+
+    def fill(self, form: Form, block: int) -> None:
+        """Run what now lies in `packed_weight`, in any form, that of a file too, as this form.
+
+        Raises ValueError, with the layer as it was, for damaged bytes and for sizes that are not the layer's.
+        """
+        stored = from_bytes(self.packed_weight.detach())
+        rows, *rest = self._weight_shape()
+        if stored.shape != (rows, torch.Size(rest).numel()):
+            raise ValueError(f"a stored weight of shape {stored.shape} is none for a layer of {(rows, *rest)}")
+        self._take(runnable(stored, form, block))
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype of `weight`, without unpacking it."""
+        return self._origin.weight
 
     def restore(self) -> nn.Module:
         """Turn it back into what it was, in place: the same values bit for bit, or those that they were cast to."""
@@ -118,7 +152,8 @@ class Packed(nn.Module):
         if self._stored is None:
             if self.packed_weight.is_meta:
                 raise RuntimeError("this packed layer is on the meta device and has no values: load its state first")
-            self._take(from_bytes(self.packed_weight), keep=True)
+            found = from_bytes(self.packed_weight.detach())
+            self._take(runnable(found, Form.INDEX16) if isinstance(found.form, FileForm) else found, keep=True)
         return cast(Stored, self._stored)
 
     @property
@@ -245,6 +280,10 @@ class Packed(nn.Module):
         if not isinstance(data, Tensor) or (data.dtype, data.shape) != (torch.uint8, self.packed_bias.shape):
             raise ValueError(f"the packed bias is uint8 {tuple(self.packed_bias.shape)}")
         return data.detach().cpu().clone()
+
+
+def _empty(length: int) -> Tensor:
+    return torch.empty(length, dtype=torch.uint8, device="meta")
 
 
 def _bytes_of(bias: Tensor) -> Tensor:

@@ -42,14 +42,14 @@ class Reader:
 
     def __init__(self, header: Header, index: Bytes, starts: NDArray[np.int64]) -> None:
         self.header, self.index, self.starts = header, index, starts
-        self._read = {
-            Form.DENSE: self._dense, Form.BITMAP: self._bitmap, Form.INDEX16: self._index16,
-            FileForm.PANEL8: self._panel8,
+        self._read = {  # not bound: an object that holds its own method, and the index, waits for the garbage collector
+            Form.DENSE: Reader._dense, Form.BITMAP: Reader._bitmap, Form.INDEX16: Reader._index16,
+            FileForm.PANEL8: Reader._panel8,
         }[header.form]  # fmt: skip
 
     def __call__(self, first: int, last: int) -> Places:
         """Places of the units in block rows [first, last)."""
-        return self._read(first, last)
+        return self._read(self, first, last)
 
     def _dense(self, first: int, last: int) -> Places:
         return np.arange((last - first) * self.header.cols)
@@ -76,13 +76,13 @@ class Writer:
 
     def __init__(self, header: Header, index: Bytes, starts: NDArray[np.int64]) -> None:
         self.header, self.index, self.starts = header, index, starts
-        self._write = {
-            Form.BITMAP: self._bitmap, Form.INDEX16: self._index16, FileForm.PANEL8: self._panel8,
+        self._write = {  # not bound, as in Reader
+            Form.BITMAP: Writer._bitmap, Form.INDEX16: Writer._index16, FileForm.PANEL8: Writer._panel8,
         }[header.form]  # fmt: skip
 
     def __call__(self, first: int, last: int, places: Places) -> None:
         """Write the units in block rows [first, last)."""
-        self._write(first, last, places)
+        self._write(self, first, last, places)
 
     def _bitmap(self, first: int, last: int, places: Places) -> None:
         kept = np.zeros((last - first, self.header.cols), dtype=np.bool_)
