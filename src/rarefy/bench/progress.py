@@ -52,8 +52,11 @@ def bar() -> Iterator[Bar]:
 def tracked(title: str) -> Iterator[Callable[[int, int, str], None]]:
     """What to call with (done, all, name of the next): a bar moves on a terminal, and is gone after the block."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    left = (TextColumn("· left"), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), *left)
+    quiet = not console.is_terminal
+    # Blocks of a large model take minutes each: the time left is judged by the last hour.
+    with Progress(*columns, console=console, transient=True, disable=quiet, speed_estimate_period=3600) as progress:
         task = progress.add_task(title, total=None)
 
         def tell(done: int, count: int, name: str) -> None:

@@ -84,7 +84,8 @@ def load_subject(target: str, sparsity: float) -> Subject:
         return Subject(f"{target}, {sparsity:.0%} zeros", thinned(quiet(make), sparsity), sample)
     path = Path(target)
     if path.suffix != ".safetensors":
-        raise ValueError(f"{target!r} is neither a safetensors file nor one of {', '.join(NETWORKS)}")
+        known = ", ".join(NETWORKS)
+        raise ValueError(f"{target!r} is neither a safetensors file nor one of {known}, nor a model directory")
     layers = {
         name: _layer(tensor) for name, tensor in _read(path).items()
         if tensor.ndim == 2 and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)

@@ -1,71 +1,36 @@
-"""The command line: `rarefy demo | methods | bench | speed | report`.
+"""Comparing methods: `rarefy demo | bench | methods | report`."""
 
-Tables go to the output stream, or with `--json` one JSON document; progress and problems go to the error stream. A
-mistake of the user is one line there and exit code 2 (RAREFY_TRACEBACK=1 shows where it was raised); runs that failed
-are exit code 1.
-"""
-
-import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
-try:
-    import rich.console
-    import rich.table
-    import rich.text
-    import tyro
-except ModuleNotFoundError as missing:
-    sys.stderr.write(f"rarefy: the command line needs {missing.name}: pip install 'rarefy[cli]'\n")
-    raise SystemExit(2) from missing
+import rich.table
+import rich.text
+import tyro
 
 from rarefy.bench.files import write_whole
 from rarefy.bench.leaderboard import Table, make_tables
 from rarefy.bench.lineup import DEMO, known_names, method_class, parse_names
-from rarefy.bench.progress import bar, tracked
+from rarefy.bench.progress import bar
 from rarefy.bench.report import write_report
 from rarefy.bench.results import CONTROLS, Control, load_results
 from rarefy.bench.runner import Outcome, run_all, settings
 from rarefy.bench.runs import sweep
-from rarefy.bench.speed import Demonstrated, demonstrate, load_subject
-from rarefy.bench.speed import speed as run_speed
+from rarefy.bench.speed import Demonstrated, demonstrate
 from rarefy.bench.store import Store
 from rarefy.bench.tables import markdown, rich_table
 from rarefy.bench.tasks import Task, parse_task
 from rarefy.bench.words import heading, sentences
+from rarefy.cli.output import AsJson, console, print_json
 
-__all__ = ["main"]
-
-AsJson = Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff]
+__all__ = ["bench", "demo", "methods", "report"]
 
 _NEXT = """What to try next:
   rarefy bench digits --methods {methods} --sparsities .95,.98 --seeds 5 --controls shuffled,small_dense
   rarefy speed mlp-1024 --sparsity .9     dense against packed on this machine, and what was chosen
   rarefy report {out} -o report.html      accuracy against density and training FLOPs, as a page
   rarefy methods                          all methods, what they need and cost"""
-
-
-def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the command in `argv`, by default the process's own, and exit with its code."""
-    commands = {"demo": demo, "methods": methods, "bench": bench, "speed": speed, "report": report}
-    try:
-        code = tyro.extras.subcommand_cli_from_dict(
-            commands, prog="rarefy", description="Sparse networks: make them, compare them, run them.", args=argv
-        )
-    except BrokenPipeError:  # whoever read the output has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        if os.environ.get("RAREFY_TRACEBACK"):
-            raise
-        sys.stderr.write(f"rarefy: {' '.join(str(error).split())}\n")
-        code = 2
-    except KeyboardInterrupt:
-        sys.stderr.write("rarefy: stopped; finished runs are kept, and the same command goes on from there\n")
-        code = 130
-    raise SystemExit(code)
 
 
 def demo(
@@ -132,40 +97,6 @@ def bench(
     return 1 if outcome.failures else 0
 
 
-def speed(
-    target: tyro.conf.Positional[str] = "digits-mlp",
-    sparsity: float = 0.9,
-    batch: str = "1",
-    dtype: Literal["bfloat16"] | None = None,
-    quantize: Literal["int8"] | None = None,
-    threads: int | None = None,
-    as_json: AsJson = False,
-) -> int:
-    """Pack a network for this machine and say what was chosen, and how fast it is: dense against packed, interleaved.
-
-    Args:
-        target: digits-mlp, lenet-300-100, mlp-1024, mlp-4096 or pointwise-256, or a safetensors file, whose matrices
-            are timed one after another.
-        sparsity: share of zeros of a built-in network; files have their own.
-        batch: numbers of samples, separated by commas.
-        dtype: bfloat16 casts the weights.
-        quantize: int8 quantises them.
-        threads: of the processor; by default what torch would use.
-        as_json: the report as JSON.
-    """
-    subject = load_subject(target, sparsity)
-    sizes = [_whole(text, "--batch") for text in batch.split(",") if text.strip()]
-    with tracked("measuring") as progress:
-        found = run_speed(subject, batches=sizes, dtype=dtype, quantize=quantize, threads=threads, progress=progress)
-    if as_json:
-        _print_json({"network": subject.name, "batches": sizes, **found.to_dict()})
-        return 0
-    console = _console()
-    console.print(f"{subject.name}, batch {', '.join(map(str, sizes))}", style="bold")
-    console.print(found)
-    return 0
-
-
 def methods(as_json: AsJson = False) -> int:
     """List the methods: when they act, what they need, what they cost beside training, and the paper.
 
@@ -174,7 +105,7 @@ def methods(as_json: AsJson = False) -> int:
     """
     rows = [_described(name) for name in known_names()]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return 0
     grid = rich.table.Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in ("name", "stage", "needs", "extra cost", "paper"):
@@ -182,7 +113,7 @@ def methods(as_json: AsJson = False) -> int:
     for row in rows:
         needs = ", ".join(row["needs"]) or "–"
         grid.add_row(*map(rich.text.Text, (row["name"], row["stage"], needs, row["extra_cost"] or "–", row["paper"])))
-    _console().print(grid)
+    console().print(grid)
     return 0
 
 
@@ -209,7 +140,7 @@ def report(
     else:
         write_report(tables, output)
     said = {"report": str(output), "results": len(results), "tables": len(tables), "left_out": problems}
-    _print_json(said) if as_json else print(f"{output}: {len(tables)} tables of {len(results)} results")
+    print_json(said) if as_json else print(f"{output}: {len(tables)} tables of {len(results)} results")
     return 0
 
 
@@ -239,15 +170,15 @@ def _show(tables: Sequence[Table], outcome: Outcome, as_json: bool, packed: Demo
         listed = [{"heading": heading(t), **t.to_dict(), "sentences": sentences(t)} for t in tables]
         read = len(outcome.results) - outcome.made
         said = {"tables": listed, "made": outcome.made, "read": read, "failures": outcome.failures}
-        _print_json(said if packed is None else {**said, "packed": packed.to_dict()})
+        print_json(said if packed is None else {**said, "packed": packed.to_dict()})
         return
-    console = _console()
+    shown = console()
     for table in tables:
-        console.print(rich_table(table), "")
+        shown.print(rich_table(table), "")
     if packed is not None:
-        console.print(str(packed), markup=False, highlight=False)
+        shown.print(str(packed), markup=False, highlight=False)
     for failure in outcome.failures:
-        console.print(f"Failed: {failure}", markup=False, highlight=False)
+        shown.print(f"Failed: {failure}", markup=False, highlight=False)
 
 
 def _described(name: str) -> dict[str, Any]:
@@ -270,25 +201,8 @@ def _share(text: str) -> float:
         raise ValueError(f"--sparsities: {text!r} is no number; write shares of zeros, such as .9,.95") from None
 
 
-def _whole(text: str, option: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"{option}: {text!r} is no whole number; write numbers such as 1,32") from None
-
-
 def _control(text: str) -> Control:
     for control in CONTROLS:
         if text.replace("-", "_") == control:
             return control
     raise ValueError(f"--controls: no control is named {text!r}; there are {', '.join(CONTROLS)}")
-
-
-def _console() -> rich.console.Console:
-    """Wide where nobody's terminal says how wide, so that no line of a file is broken."""
-    console = rich.console.Console()
-    return console if console.is_terminal else rich.console.Console(width=200)
-
-
-def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=1, ensure_ascii=False))
