@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from rarefy.io.watch import blocks_in, watched
 from safetensors.torch import load_file
 
 import rarefy
@@ -14,7 +15,6 @@ from rarefy.io.directory import read_model
 from rarefy.io.prove import check_directory
 from rarefy.io.prune import chosen_sites, part_of, prune
 from rarefy.io.pruned import innermost, kind_of
-from rarefy.io.watch import blocks_in, watched
 
 pytest.importorskip("transformers")
 

@@ -1,14 +1,37 @@
 """The contract of a method: frozen hyper-parameters and five hooks; every tensor that changes lives in the handle."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
+
+from torch import Tensor
 
 from rarefy.axes import Value, from_dict
 
 if TYPE_CHECKING:
     import rarefy.core.sparsity
 
-__all__ = ["Driver", "Method", "all_methods", "method_from_dict", "register"]
+__all__ = ["Driver", "Journal", "Method", "Progress", "all_methods", "method_from_dict", "register"]
+
+Progress = Callable[[int, int, str], object]
+"""Is told how many of how many blocks are done, and the name of the next."""
+
+
+@runtime_checkable
+class Journal(Protocol):
+    """Where a block-wise method notes what is finished, so that an interrupted run continues there."""
+
+    def done(self) -> list[str]:
+        """Names of the finished blocks."""
+        ...
+
+    def load(self, block: str) -> dict[str, Tensor]:
+        """What `keep` was given."""
+        ...
+
+    def keep(self, block: str, tensors: Mapping[str, Tensor]) -> None:
+        """Note a block as finished."""
+        ...
+
 
 T = TypeVar("T", bound="type[Method] | type[Driver]")
 
@@ -28,6 +51,8 @@ class Method(Value):
     executions: ClassVar[frozenset[str]] = frozenset({"simulated"})
     """How it can run: "sparse" too where it reads masks, weights and dense gradients by `choose.kept_weights`,
     `choose.exchanged` and `s.dense_gradient_rows` alone once `begin` is over, and leaves the counts as they are."""
+    scope: ClassVar[str] = "all"
+    """Which sites are meant where nobody names any: "all", or those in repeated "blocks" of models that have some."""
     dense_backward: ClassVar[bool] = False
     """FLOPs convention: whether the gradient of the input is counted as dense (straight-through methods)."""
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.core.capture import default_sites
 from rarefy.core.choose import refuse_infinite
 from rarefy.core.commit import reshard
 from rarefy.core.followers import find_followers
 from rarefy.core.held import full, local
 from rarefy.core.live import refuse_second_handle
-from rarefy.core.method import Driver, Method
+from rarefy.core.method import Driver, Journal, Method, Progress
 from rarefy.core.sites import Selector, find_sites
 from rarefy.core.sparse import execute
 from rarefy.core.sparse.execute import Execution
@@ -35,6 +36,8 @@ def sparsify(
     seed: int = 0,
     resume: Mapping[str, Any] | None = None,
     execution: Execution = "simulated",
+    progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> Sparsity:
     """Make `model` sparse in place by `method`, now or during the training that follows.
 
@@ -46,13 +49,18 @@ def sparsify(
             mapping as model(**batch). Replicas give the model that DistributedDataParallel wraps, each its own
             batches: scores are averaged. Otherwise every rank must be given the same batches.
         loss: loss(model, batch) -> scalar tensor, for scores that need gradients.
-        only, skip: which weights may be sparse: names, globs, module classes or predicates (name, module) -> bool.
+        only, skip: which weights may be sparse: names, globs, module classes or predicates (name, module) -> bool. By
+            default all of Linear and convolutions; block-wise methods (Wanda and its like) mean those in the repeated
+            blocks of a model that has some, and leave its embeddings and head alone.
         seed: of everything random here; global seeds are never touched.
         resume: the `state_dict()` of a handle: nothing is chosen and the model is left as it is.
         execution: "simulated" trains dense tensors that hold zeros. "sparse" trains the non-zeros alone: once masks are
             chosen the nn.Linear layers of all sites become `SparseLinear` in place, their Parameters (the same objects)
             the vectors of the values, until `end()`. On the CPU, with elementwise optimizers. A resumed run is made
             sparse first, then model and optimizer load what they saved.
+        progress: told (blocks done, blocks, name of the next) by block-wise methods.
+        journal: where block-wise methods note finished blocks (`rarefy.io.Journal`): an interrupted call, made again
+            with the model as it was, continues there.
 
     Returns the handle. Raises ValueError, TypeError or RuntimeError, with the model untouched, on anything that cannot
     be: NaN weights, no site, a pattern that does not fit, missing data, another live handle.
@@ -66,6 +74,8 @@ def sparsify(
     execute.refuse_sparse_layers(model)
     reshard(model)
     sites = find_sites(model, only=only, skip=skip)
+    if method.scope == "blocks" and only is None:
+        sites = default_sites(model, sites)
     refuse_second_handle(model)
     execute.refuse(execution, method, model, sites)
     s = Sparsity(model, method, sites, steps=None, seed=seed, execution=execution)
@@ -79,6 +89,7 @@ def sparsify(
         _refuse_missing(method, data, loss)
     _refuse_unfit(s, optimizer, steps)
     if resume is None:
+        s.progress, s.journal = progress, journal
         _begin(s, data, loss, steps)
     if execution == "sparse" and not s.ended:
         execute.enter(s, resumed=resume is not None)
@@ -105,7 +116,7 @@ def _begin(s: Sparsity, data: Iterable[Any] | None, loss: Loss | None, steps: in
     try:
         s.method.begin(s)
     finally:
-        s.data = s.loss = None
+        s.data = s.loss = s.progress = s.journal = None
     s.commit()
 
 

@@ -16,7 +16,7 @@ from rarefy.core import choose, live, state
 from rarefy.core.commit import Staged, commit, find_parameters, rebind, reset_masked_state, settle
 from rarefy.core.held import Everywhere, Held
 from rarefy.core.ledger import Ledger
-from rarefy.core.method import Method
+from rarefy.core.method import Journal, Method, Progress
 from rarefy.core.optimizers import as_sequence, learning_rate, refuse_unfit
 from rarefy.core.replicas import compare_at_first_step
 from rarefy.core.sites import Site, site_hash
@@ -55,6 +55,8 @@ class Sparsity:
         self.memory: dict[str, Any] = {}
         self.data: Any = None
         self.loss: Any = None
+        self.progress: Progress | None = None
+        self.journal: Journal | None = None
         self.ready: tuple[Site, ...] = ()
         self.deciding = True
         self.ended = False

@@ -1,7 +1,8 @@
 """From a model directory to a pruned one: `prune` reads, calibrates, chooses, writes, and tells what was kept.
 
 Pruned are the weights of Linear layers (and what else `find_sites` chooses) inside the repeated blocks of the model:
-embeddings, norms, routers' biases and the head stay as they are, unless `only` names them.
+embeddings, norms, routers' biases and the head stay as they are, unless `only` names them. A block-wise method notes
+its finished blocks in a journal beside OUT: killed at any point, the same call continues at the block where it stopped.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.axes import PerLayer
-from rarefy.core.method import Method
+from rarefy.core.capture import default_sites
+from rarefy.core.method import Method, Progress
 from rarefy.core.sites import Selector, find_sites
 from rarefy.core.sparsify import sparsify
 from rarefy.io.calibration import SAMPLES, Bos, Calibration, default_length, windows
 from rarefy.io.collect import collect
 from rarefy.io.directory import read_model, write_model
+from rarefy.io.folder import partial_of
+from rarefy.io.journal import Journal
 from rarefy.io.packed import write_packed
 from rarefy.io.pretrained import context_length, read_config, read_tokenizer
 from rarefy.io.pruned import Kind, Pruned, asked_of, by_kind, innermost, planned, used_of
 from rarefy.io.record import Calibration as Saw
 from rarefy.io.record import Record
-from rarefy.io.watch import Progress, blocks_in, watched
 
 __all__ = ["Kind", "Pruned", "prune"]
 
@@ -95,8 +98,11 @@ def prune(
     if target is None:
         kinds = planned(find_sites(model, only=names), method)
         return told(kinds, parameters, None, None)
-    with watched(model, progress), _without_cache(model):
-        sparsity = sparsify(model, method, data=_batches(data, config), only=names, seed=seed)
+    said = {"model": _files_of(source), "method": method.to_dict(), "sites": names, "seed": seed, "dtype": str(dtype)}
+    with _journal(target, method, {**said, "calibration": None if data is None else data.sha256}) as journal:
+        sparsity = sparsify(
+            model, method, data=_batches(data, config), only=names, seed=seed, progress=progress, journal=journal
+        )
     saw = None if data is None else Saw(sha256=data.sha256, settings=data.settings)
     changes, record = collect(model, sparsity, source, calibration=saw, settings={"seed": seed})
     _write(source, target, changes, record, packed)
@@ -106,21 +112,12 @@ def prune(
 
 
 def chosen_sites(model: nn.Module, only: Selectors = None, skip: Selectors = None) -> list[str]:
-    """Names of the sites that are pruned: those inside repeated blocks, unless `only` says which.
+    """Names of the sites that are pruned: those inside repeated blocks where there are some, unless `only` says which.
 
-    Raises ValueError for a model without repeated blocks, and as `find_sites`.
+    Raises ValueError as `find_sites`.
     """
-    found = [site.name for site in find_sites(model, only=only, skip=skip)]
-    if only is not None:
-        return found
-    blocks = tuple(f"{name}." for name in blocks_in(model))
-    inside = [name for name in found if name.startswith(blocks)] if blocks else []
-    if not inside:
-        raise ValueError(
-            f"{type(model).__name__} has no repeated blocks with weights in them: say which layers, such as only="
-            f"{found[0]!r} (--only)"
-        )
-    return inside
+    sites = find_sites(model, only=only, skip=skip)
+    return [site.name for site in (sites if only is not None else default_sites(model, sites))]
 
 
 # --- before anything is read -----------------------------------------------------------------------------------------
@@ -217,17 +214,24 @@ def part_of(name: str) -> str:
 
 
 @contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """No keys and values are kept for later: a block is run several times on the same inputs."""
-    config: Any = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
-    if before is not None:
-        config.use_cache = False
+def _journal(out: Path, method: Method, settings: Mapping[str, Any]) -> Iterator[Journal | None]:
+    """For block-wise methods, kept where the run is interrupted; an error leaves nothing behind."""
+    if method.scope != "blocks":
+        yield None
+        return
+    journal = Journal.of(out, settings)
     try:
-        yield
-    finally:
-        if before is not None:
-            config.use_cache = before
+        yield journal
+    except Exception:
+        journal.remove()
+        with suppress(OSError):  # something else lies there
+            partial_of(out).rmdir()
+        raise
+
+
+def _files_of(source: Path) -> dict[str, list[int]]:
+    """Sizes and times of the weights' files: whether it is still the model that an interrupted run read."""
+    return {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(source.glob("*.safetensors"))}
 
 
 # --- what is written -------------------------------------------------------------------------------------------------

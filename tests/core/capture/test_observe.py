@@ -229,8 +229,7 @@ def test_fused_experts_one_of_them_without_tokens(name: str, how: str):
             weight = site.layout.canonical(site.weight).unflatten(0, (4, -1))[e].double()
             assert weight.shape[1] == x.shape[1]
     assert captured.statistics[site][2].gram is None
-    with pytest.warns(UserWarning, match=r"no calibration token reached .*experts\.gate_up_proj\[2\]"):
-        list(walking)
+    list(walking)
     forced.remove()
 
 

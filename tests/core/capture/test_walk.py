@@ -15,7 +15,6 @@ from rarefy.core.sites import find_sites
 FAST = {"Llama", "GPT2", "Gemma3", "Mixtral", "T5", "ViT", "Whisper", "Mamba", "ResNet"}
 
 
-@pytest.mark.filterwarnings("ignore:no calibration token reached")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in ARCHITECTURES])
 def test_inputs_are_those_of_a_whole_run_of_the_model_changed_so_far(name: str):
     model, data = build(name)
@@ -44,7 +43,6 @@ def test_inputs_are_those_of_a_whole_run_of_the_model_changed_so_far(name: str):
     assert sorted(s.name for s in met) == sorted(s.name for s in sites)
 
 
-@pytest.mark.filterwarnings("ignore:no calibration token reached")
 @pytest.mark.parametrize("name", ["Llama", "T5", "ResNet", "Mixtral"])
 def test_a_walk_without_changes_leaves_the_model_as_it_was(name: str):
     model, data = build(name)

@@ -8,9 +8,9 @@ from torch import nn
 
 import rarefy
 import tiny
-from methods.one_shot import chain
 from methods.one_shot.layers import correlated, generator, statistics
 from rarefy.axes import NM, OWL, AtLeast, count
+from rarefy.io import Journal
 from rarefy.methods.one_shot import budgets, layerwise
 from rarefy.methods.one_shot.alps import ALPS
 from rarefy.methods.one_shot.dsnot import DSnoT
@@ -33,11 +33,6 @@ METHODS = [
     lambda **axes: Refit(DSnoT(Magnitude(**{"allocation": "uniform"} | axes))),
 ]
 BY_ROW = {0, 4, 7}
-
-
-@pytest.fixture(autouse=True)
-def _captured(monkeypatch):
-    chain.install(monkeypatch)
 
 
 def mlp(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -187,10 +182,10 @@ def test_refit_of_a_grouped_convolution_lowers_its_error():
 
 
 def test_matrices_that_no_input_reached_go_by_magnitude(monkeypatch):
-    walk = chain.walk
+    walk = layerwise.walk
 
-    def without(model, sites, data, *, gram):
-        for captured in walk(model, sites, data, gram=gram):
+    def without(model, sites, data, **how):
+        for captured in walk(model, sites, data, **how):
             for site in list(captured.statistics):
                 if site.name == "1.0.weight":
                     captured.statistics[site] = [statistics(torch.zeros(1, 16))]
@@ -254,3 +249,35 @@ def test_what_cannot_be_asked():
         rarefy.sparsify(mlp(), Wanda(0.5))
     with pytest.raises(ValueError, match="compares the scores of all layers"):
         Wanda(0.5, AtLeast("global"))
+
+
+@pytest.mark.parametrize(
+    "method", [SparseGPT(0.5), Refit(Wanda(0.5, allocation="owl")), DSnoT(Wanda(pattern="2:4"))], ids=str
+)
+def test_an_interrupted_run_continues_where_it_stopped(monkeypatch, tmp_path, method):
+    kind = type(method)
+    expected = mlp()
+    masks = rarefy.sparsify(expected, method, data=batches()).masks
+    original, solved = kind.solve, []
+
+    def fail(self, matrix):
+        if matrix.name == "1.2.weight" and not solved:
+            raise KeyboardInterrupt
+        return original(self, matrix)
+
+    def note(self, matrix):
+        solved.append(matrix.name)
+        return original(self, matrix)
+
+    monkeypatch.setattr(kind, "solve", fail)
+    with pytest.raises(KeyboardInterrupt):
+        rarefy.sparsify(mlp(), method, data=batches(), journal=Journal(tmp_path, "one run"))
+    monkeypatch.setattr(kind, "solve", note)
+    model, told = mlp(), []
+    journal = Journal(tmp_path, "one run")
+    assert journal.done() == ["0"]
+    s = rarefy.sparsify(model, method, data=batches(), journal=journal, progress=lambda *args: told.append(args))
+    assert solved == ["1.0.weight", "1.2.weight", "2.0.weight", "2.2.weight"]
+    assert all(torch.equal(s.masks[name], mask) for name, mask in masks.items())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    assert [name for _, _, name in told] == ["1", "2"]

@@ -15,7 +15,6 @@ matrices are asked for (every expert reads two tensors of its own).
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,8 +83,7 @@ def walk(
         spill_above: bytes of activations kept in memory; the others go to files in a temporary folder within `folder`.
 
     The model is left as it was, but for what the caller changes. Raises ValueError for a site whose inputs cannot be
-    seen, and for NaN or infinite inputs. Experts that no token reached have tokens = 0; one warning at the end names
-    them.
+    seen, and for NaN or infinite inputs. Experts that no token reached have tokens = 0.
     """
     calibration = Calibration.of(model, data)
     state = _Walk(model, calibration.batches, gram, progress or _silent)
@@ -94,7 +92,6 @@ def walk(
     for chain in chains:
         with Store(spill_above, folder) as store:
             yield from state.chain(chain, wanted, store)
-    state.warn()
 
 
 def dense_statistics(
@@ -103,9 +100,8 @@ def dense_statistics(
     """Moments (no Gram matrix) of the inputs of all sites in the model as it is, by one run over the data."""
     calibration = Calibration.of(model, data)
     state = _Walk(model, calibration.batches, None, progress or _silent)
-    found = state.collect(Block("the model", model, tuple(sites)), lambda batch: run(model, calibration.batches[batch]))
-    state.warn()
-    return found
+    whole = Block("the model", model, tuple(sites))
+    return state.collect(whole, lambda batch: run(model, calibration.batches[batch]))
 
 
 def _silent(what: str, done: int, of: int) -> None:
@@ -118,7 +114,6 @@ class _Walk:
     batches: Sequence[Batch]
     gram: torch.dtype | None
     progress: Progress
-    unreached: list[str] = field(default_factory=list[str])
     over_after: set[Block] = field(default_factory=set[Block])
 
     def in_running_order(self, chains: Sequence[Chain]) -> list[Chain]:
@@ -170,11 +165,7 @@ class _Walk:
             for site in block.sites:
                 if not collector.seen(site):
                     ran.refuse_unseen(site)
-            found = collector.finish(block.sites)
-            for site, parts in found.items():
-                empty = [i for i, part in enumerate(parts) if not part.tokens]
-                self.unreached += [f"{site.name}{empty if len(parts) > 1 else ''}"] if empty else []
-            return found
+            return collector.finish(block.sites)
 
     def _observe(self, block: Block, collector: Collector, run_batch: Callable[[int], None]) -> Ran:
         tell = self._teller(f"{block.name}: inputs")
@@ -189,16 +180,6 @@ class _Walk:
 
     def _teller(self, what: str) -> Callable[[int], None]:
         return lambda batch: self.progress(what, batch + 1, len(self.batches))
-
-    def warn(self) -> None:
-        """Name the experts that no token reached."""
-        if self.unreached:
-            shown = ", ".join(self.unreached[:8]) + (", …" if len(self.unreached) > 8 else "")
-            warnings.warn(
-                f"no calibration token reached {len(self.unreached)} weights or parts of them ({shown}): nothing is "
-                "known of their inputs. More varied data would reach more experts.",
-                stacklevel=3,
-            )
 
 
 def _run_block(replay: Replay, index: int) -> Callable[[int], None]:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from rarefy.axes import NM, OWL, Layer
 from rarefy.axes.uniform import EachRounded
+from rarefy.core.capture import blocks_of, dense_statistics
 from rarefy.core.choose import allocate, units_of
 from rarefy.core.sites import Site
 from rarefy.core.sparsity import Sparsity
-from rarefy.methods.one_shot.captured import dense_by_block
 from rarefy.methods.one_shot.matrix import exact_share
 from rarefy.methods.one_shot.views import permuted, to_matrix
 
@@ -68,8 +68,9 @@ def _by_outliers(owl: OWL, method: Any, s: Sparsity) -> dict[Site, Budget]:
     s.data = list(s.data) if isinstance(s.data, Iterator) else s.data  # it is read twice
     block_of: dict[Site, int] = {}
     shares: list[float] = []
-    for block in dense_by_block(s.model, s.sites, s.data):
-        new = {site: seen for site, seen in block.items() if site not in block_of}
+    found = dense_statistics(s.model, s.sites, s.data)
+    for block in blocks_of(s.model, s.sites):
+        new = {site: found[site] for site in block.sites if site in found and site not in block_of}
         if new:
             block_of.update(dict.fromkeys(new, len(shares)))
             shares.append(outliers(new, owl.outlier))

@@ -15,17 +15,19 @@ from torch import Tensor
 
 from rarefy.axes import AllocationField, Pattern, PatternField, Share, largest_remainder, value
 from rarefy.axes.shorthand import parse_named
+from rarefy.core.capture import walk
 from rarefy.core.choose import refuse_infinite, units_of
 from rarefy.core.held import local, shard
 from rarefy.core.method import Method
 from rarefy.core.sites import Site
 from rarefy.core.sparsity import Sparsity
 from rarefy.methods.one_shot.budgets import Budget, budgets
-from rarefy.methods.one_shot.captured import walk
 from rarefy.methods.one_shot.matrix import Matrix, Solved, choose_mask
 from rarefy.methods.one_shot.originals import Originals
 from rarefy.methods.one_shot.prune import ByScore
 from rarefy.methods.one_shot.views import from_matrix, line_of, permuted, to_matrix
+
+_MASK = ".mask"  # in a journal, after the name of a weight
 
 
 class Layerwise(Method):
@@ -35,6 +37,7 @@ class Layerwise(Method):
     rewrites: ClassVar[bool] = False
     needs = frozenset({"data"})
     stage = "one shot"
+    scope = "blocks"
     labels = ("static", "dense-to-sparse", "simulated")
 
     sparsity: Any
@@ -149,9 +152,12 @@ class _Run:
         self.given = self.method.given(self.s)
         self.budgets = budgets(self.method, self.s, self.given)
         dtype = (torch.float64 if self.double else torch.float32) if collects_gram(self.method) else None
-        for captured in walk(self.s.model, self.s.sites, self.s.data, gram=dtype):
+        finished = self._take_over(originals)
+        for captured in walk(self.s.model, self.s.sites, self.s.data, gram=dtype, done=finished):
             self.at = f"block {captured.block.name!r}"
+            self._tell(captured.index, captured.of, captured.block.name)
             self._solve_block(captured.statistics, originals)
+            self._note(captured.block.name, captured.block.sites)
             self.at = f"after {self.at}"
         for site in self.s.sites:
             if site not in self.done:  # no input ever reached it
@@ -164,6 +170,28 @@ class _Run:
                 "More calibration text may reach them.",
                 stacklevel=2,
             )
+
+    def _take_over(self, originals: Originals) -> list[str]:
+        """What the journal holds, of a run that was interrupted: the names of its blocks."""
+        journal = self.s.journal
+        if journal is None:
+            return []
+        sites = {site.name: site for site in self.s.sites}
+        for block in (finished := journal.done()):
+            tensors = journal.load(block)
+            for name in [key.removesuffix(_MASK) for key in tensors if key.endswith(_MASK)]:
+                self._put(sites[name], tensors[name], tensors[name + _MASK], originals)
+        return finished
+
+    def _note(self, block: str, sites: Sequence[Site]) -> None:
+        if self.s.journal is not None:
+            weights = {site.name: site.parameter.detach() for site in sites if site in self.done}
+            masks = {site.name + _MASK: self.s._staged[site.index][0] for site in sites if site in self.done}
+            self.s.journal.keep(block, {**weights, **masks})
+
+    def _tell(self, done: int, of: int, name: str) -> None:
+        if self.s.progress is not None:
+            self.s.progress(done, of, name)
 
     def _solve_block(self, statistics: Mapping[Site, list[Any]], originals: Originals) -> None:
         """Sites that read the same inputs follow one another, so that what they share is made once and then let go."""
@@ -181,12 +209,18 @@ class _Run:
     ) -> None:
         with torch.no_grad():
             solved = self._solve_matrices(site, statistics, shared)
-            mask = from_matrix(site, solved.mask)
-            originals.remember(site.parameter)
             if solved.weight is not None:
                 refuse_infinite(site.name, solved.weight, "new weights")
-                local(site.parameter).copy_(shard(from_matrix(site, solved.weight), site.parameter))
-            local(site.parameter).masked_fill_(~shard(mask, site.parameter), 0.0)
+            weight = None if solved.weight is None else from_matrix(site, solved.weight)
+            self._put(site, weight, from_matrix(site, solved.mask), originals)
+
+    @torch.no_grad()
+    def _put(self, site: Site, weight: Tensor | None, mask: Tensor, originals: Originals) -> None:
+        """A mask, and new weights where there are some."""
+        originals.remember(site.parameter)
+        if weight is not None:
+            local(site.parameter).copy_(shard(weight, site.parameter))
+        local(site.parameter).masked_fill_(~shard(mask, site.parameter), 0.0)
         self.s.keep(site, mask)
         site.asked = int(units_of(site, mask).sum())
         self.done.add(site)
