@@ -120,7 +120,8 @@ def _whisper(t: Any) -> nn.Module:
 
 
 def _mamba(t: Any) -> nn.Module:
-    return t.MambaForCausalLM(t.MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=3, state_size=4))
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 3, "state_size": 4, "time_step_rank": 4}
+    return t.MambaForCausalLM(t.MambaConfig(**sizes))
 
 
 def _resnet(t: Any) -> nn.Module:
