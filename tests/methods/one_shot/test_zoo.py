@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 import rarefy
 from architectures import ARCHITECTURES, build
+from model_directories import assert_same_bits, tensors
 from rarefy.core.capture import blocks_of, default_sites
 from rarefy.core.sites import Site, find_sites
-from rarefy.io import check_directory, collect, read_model, write_model
+from rarefy.io import check_directory, collect, read_model, unpack_directory, write_model, write_packed
+from rarefy.io.prune import chosen_sites, prune
 
 METHODS: dict[str, Any] = {
     "magnitude": lambda **of: rarefy.Magnitude(0.5, allocation="uniform", **of),
@@ -141,11 +143,11 @@ def test_each_method_on_each_architecture(name: str, method: str, pattern: str):
 
 def bits(model: nn.Module) -> dict[str, np.ndarray]:
     """Copies of all parameters and buffers, those that are not saved too; floats as the integers of their bits."""
-    tensors: Iterable[tuple[str, Tensor]] = itertools.chain(
+    named: Iterable[tuple[str, Tensor]] = itertools.chain(
         model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
     )
     kinds = {torch.float32: torch.int32}
-    return {name: t.detach().clone().view(kinds.get(t.dtype, t.dtype)).numpy() for name, t in tensors}
+    return {name: t.detach().clone().view(kinds.get(t.dtype, t.dtype)).numpy() for name, t in named}
 
 
 def state_of(model: nn.Module) -> Any:
@@ -188,3 +190,35 @@ def test_a_pruned_model_is_written_and_read_again(name: str, tmp_path: Path):
         assert found.keys() == wanted.keys()
         assert all(np.array_equal(found[key], wanted[key]) for key in wanted)
         assert all(torch.equal(x, y) for x, y in zip(outputs(loaded.eval(), data[0]), expected, strict=True))
+
+
+def test_directories_are_pruned_in_the_same_places():
+    for name in NAMES:
+        model, _ = build(name)
+        assert chosen_sites(model) == names_of(model)
+
+
+NOTHING_PACKED = {"GPT2", "ResNet"}  # their layers, Conv1D and Conv2d, have no packed form
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in {"Llama", "Whisper", "GPT2"} else pytest.mark.slow) for n in NAMES],
+)
+def test_a_pruned_model_is_packed_and_unpacked(name: str, tmp_path: Path):
+    model, data = build(name)
+    dense, sparse, packed = (tmp_path / each for each in ("dense", "sparse", "packed"))
+    model.save_pretrained(dense)
+    prune(dense, sparse, rarefy.Magnitude(0.8, allocation="uniform"))
+    if name in NOTHING_PACKED:
+        with pytest.raises(ValueError, match="no layer gains by being packed"):
+            write_packed(sparse, packed)
+        return
+    assert write_packed(sparse, packed).packed
+    check_directory(packed)
+    loaded = type(model).from_pretrained(packed).eval()
+    for x, y in zip(outputs(loaded, data[0]), outputs(read_model(sparse), data[0]), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    unpack_directory(packed, tmp_path / "again")
+    assert (tmp_path / "again/config.json").read_bytes() == (dense / "config.json").read_bytes()
+    assert_same_bits(tensors(tmp_path / "again"), tensors(sparse))

@@ -82,8 +82,9 @@ class Ran:
         if site.layout.stacked or not self._used(site.module):
             return
         raise ValueError(
-            f"no input of {site.name!r} was seen, although its block ran: the weight is copied or computed with before "
-            f"it is multiplied. skip={site.name!r}, or take a method without data (Magnitude)."
+            f"no input of {site.name!r} was seen, although its block ran: these data do not use the weight, or it is "
+            f"copied or computed with before it is multiplied. skip={site.name!r}, or take a method without data "
+            "(Magnitude)."
         )
 
     def _used(self, module: nn.Module) -> bool:
