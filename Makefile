@@ -4,6 +4,7 @@
 PYTHON  ?= python3
 WORKERS ?= 2
 PEERS   ?= .peers
+OUT     ?= rarefy-language
 VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
@@ -13,7 +14,8 @@ PYTEST  := OMP_NUM_THREADS=1 $(BIN)/pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow sanitize check lint format types bench-overhead bench-fashion bench-digits \
-  bench-cpu bench-models bench-training bench-peers clean
+  bench-cpu bench-models bench-training bench-peers bench-prune \
+  train-language bench-language clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -76,6 +78,15 @@ bench-training: $(STAMP)  ## training on the non-zeros alone, beside dense train
 
 bench-peers: $(STAMP)  ## onnxruntime, DeepSparse, sparseprop and llama.cpp, in environments of their own under .peers
 	$(BIN)/python -m rarefy.bench.cpu peers install $(PEERS)
+
+bench-prune: $(STAMP)  ## pruning a block, beside straightforward code: results/prune-blocks.*
+	OMP_NUM_THREADS=2 $(BIN)/python -m rarefy.bench.pruning block --json results/prune-blocks.json
+
+train-language: $(STAMP)  ## a language model on the standard library's source, in an hour: OUT=rarefy-language
+	$(BIN)/python -m rarefy.bench.language train $(OUT)
+
+bench-language: $(STAMP)  ## that model pruned by every method, perplexity: results/pruning-language.*
+	$(BIN)/python -m rarefy.bench.language table $(OUT) --json results/pruning-language.json
 
 clean:  ## remove .venv, caches and build products; results stay
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

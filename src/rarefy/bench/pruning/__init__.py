@@ -1,0 +1,1 @@
+"""What pruning a block costs, beside straightforward implementations of the same formulas."""
