@@ -1,11 +1,25 @@
-"""`python -m rarefy.bench.language train OUT`: the language model that pruning is judged on."""
+"""`python -m rarefy.bench.language {train,table,corpus}`: the language model that pruning is judged on."""
 
-import json
+import json as jsonlib
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import tyro
+from rich.console import Console
+from rich.text import Text
 
-from rarefy.bench.language.corpus import standard_library
+from rarefy.bench.cpu.document import now
+from rarefy.bench.cpu.grids import markdown, rich_grids
+from rarefy.bench.cpu.progress import steps_bar
+from rarefy.bench.environment import environment
+from rarefy.bench.files import write_whole
+from rarefy.bench.language.cases import PATTERNS, QUICK_PATTERNS, Case, cases
+from rarefy.bench.language.corpus import HELD_OUT, standard_library
+from rarefy.bench.language.runs import Bench, Result, Settings, Store, execute, open_bench
+from rarefy.bench.language.table import Table, compare, grid, sentences
 from rarefy.bench.language.train import Recipe
 from rarefy.bench.language.train import train as run
 from rarefy.bench.progress import tracked
@@ -24,8 +38,127 @@ def train(out: tyro.conf.Positional[Path], minutes: float = 50.0, threads: int =
     torch.set_num_threads(threads)
     with tracked("training") as progress:
         said = run(standard_library(), out, Recipe(minutes=minutes), progress)
-    print(json.dumps(said, indent=1))  # noqa: T201
+    print(jsonlib.dumps(said, indent=1))  # noqa: T201
+
+
+def table(
+    model_dir: tyro.conf.Positional[Path],
+    json: Path = Path("results/pruning-language.json"),
+    runs: Path | None = None,
+    quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    seeds: int = 3,
+    length: int = 256,
+    threads: int = 2,
+) -> None:
+    """Prune the model of a directory by every method and tell the perplexities; continues where it was stopped.
+
+    Args:
+        model_dir: as `train` writes it, or any transformers directory of a causal language model.
+        json: the document that is written; the table goes beside it, as Markdown.
+        runs: a folder with a file for each run, by default rarefy-language-runs.
+        quick: 50 % and 2:4, one calibration draw, fewer windows.
+        seeds: calibration draws.
+        length: tokens of a window.
+        threads: of the processor.
+    """
+    import torch
+
+    torch.set_num_threads(threads)
+    settings = Settings(length=length, seeds=seeds, threads=threads)
+    if quick:
+        settings = Settings(length=length, seeds=1, threads=threads, samples=32, windows=64, characters=2_000_000)
+    error = Console(stderr=True)
+    corpus = standard_library()
+    try:
+        bench = open_bench(model_dir, corpus, settings)
+    except (ValueError, OSError) as problem:
+        error.print(str(problem), markup=False, soft_wrap=True)
+        raise SystemExit(1) from None
+    store = Store(runs or Path("rarefy-language-runs"), bench.digest, [])
+    found = make(bench, store, QUICK_PATTERNS if quick else PATTERNS)
+    for problem in store.problems:
+        error.print(problem, markup=False, soft_wrap=True)
+    _tell(found, bench, corpus.digest(), json, quick)
+
+
+def make(bench: Bench, store: Store, patterns: tuple[str, ...]) -> Table:
+    """All results: those of the store, and the others made and stored one by one."""
+    wanted = [(case, seed) for case in cases(patterns) for seed in case.seeds(bench.settings.seeds)]
+    by_run: dict[tuple[str, str], list[Result]] = {}
+    with _without_bars(), steps_bar(1 + len(wanted)) as bar:
+        bar.say("dense")
+        dense = _found(bench, store, None, 0)
+        bar.tick(1)
+        for case, seed in wanted:
+            bar.say(f"{case.variant} {case.pattern}, draw {seed}")
+            by_run.setdefault((case.variant, case.pattern), []).append(_found(bench, store, case, seed))
+            bar.tick(1)
+    return Table(dense, by_run)
+
+
+def _found(bench: Bench, store: Store, case: Case | None, seed: int) -> Result:
+    result = store.find(case, seed)
+    if result is None:
+        result = execute(bench, case, seed)
+        store.save(case, result)
+    return result
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers draws a bar for each model that is read, between the lines of ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _tell(found: Table, bench: Bench, corpus: str, path: Path, quick: bool) -> None:
+    where = environment(threads=bench.settings.threads, flush_denormal=False)
+    shown, said = grid(found), sentences(compare(found))
+    settings = bench.settings
+    footer = (
+        f"{bench.folder.name} on the standard library of Python {where.python}; held out: {', '.join(HELD_OUT)}. "
+        f"Calibration: {settings.samples} windows of {settings.length} tokens from the training part; judged on "
+        f"{len(bench.judged)} windows of {settings.length} tokens without overlap. {where.processor}, "
+        f"{where.threads} threads, torch {where.torch}, rarefy {where.rarefy}, {now()}{', quick' if quick else ''}."
+    )
+    rule = (
+        "Resolved: over windows (p < 0.05 after Holm's correction for all comparisons) and, where there are several, "
+        "over calibration draws (95 % interval). Percentages are changes of the perplexity. With a "
+        "single draw nothing is known of other calibration text."
+    )
+    lines = "\n".join(f"- {sentence}" for sentence in said)
+    text = f"# Pruning a small language model\n\n{footer}\n\n{markdown([shown])}\n{lines}\n\n{rule}\n"
+    document = {
+        "schema_version": 1, "quick": quick, "when": now(), "environment": where.model_dump(), "corpus": corpus,
+        "key": bench.digest, "dense": found.dense.model_dump(),
+        "results": [run.model_dump() for runs in found.results.values() for run in runs], "sentences": said,
+    }  # fmt: skip
+    write_whole(path, (jsonlib.dumps(document, indent=1) + "\n").encode())
+    write_whole(path.with_suffix(".md"), text.encode())
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(rich_grids([shown]), *map(Text, said), Text(f"{rule}\n{footer}", style="dim"), sep="\n")
+    console.print(f"Written to {path} and {path.with_suffix('.md')}.", markup=False, highlight=False)
+
+
+def corpus() -> None:
+    """The sha256 of the text that this machine has."""
+    print(standard_library().digest())  # noqa: T201
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command in `argv`, by default the process's own."""
+    commands = {"train": train, "table": table, "corpus": corpus}
+    tyro.extras.subcommand_cli_from_dict(
+        commands, prog="python -m rarefy.bench.language", description="Pruning judged on real text.", args=argv
+    )
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"train": train, "corpus": lambda: print(standard_library().digest())})  # noqa: T201
+    main()

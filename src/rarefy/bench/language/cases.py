@@ -1,0 +1,63 @@
+"""What the language model is pruned by: every method, with and without refit and OWL, at every sparsity and pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rarefy.core.method import Method
+from rarefy.methods import ALPS, DSnoT, Magnitude, Refit, SparseGPT, Wanda
+
+__all__ = ["METHODS", "PATTERNS", "QUICK_PATTERNS", "Case", "cases"]
+
+PATTERNS = ("50 %", "60 %", "70 %", "80 %", "4:8", "2:4")
+QUICK_PATTERNS = ("50 %", "2:4")
+
+METHODS: dict[str, Callable[[dict[str, Any]], Method]] = {
+    "Magnitude": lambda named: Magnitude(**named),
+    "Wanda": lambda named: Wanda(**named),
+    "SparseGPT": lambda named: SparseGPT(**named),
+    "DSnoT(Wanda)": lambda named: DSnoT(Wanda(**named)),
+    "ALPS": lambda named: ALPS(**named),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method, what goes with it, and how much is pruned.
+
+    pattern: "50 %" (unstructured) or n:m, n kept.
+
+    >>> print(Case("Wanda", "2:4", refit=True, owl=True).variant)
+    Wanda + OWL + refit
+    """
+
+    method: str
+    pattern: str
+    refit: bool = False
+    owl: bool = False
+
+    @property
+    def variant(self) -> str:
+        """The row of the table."""
+        return self.method + " + OWL" * self.owl + " + refit" * self.refit
+
+    def build(self) -> Method:
+        """The method. Allocations are uniform unless they are OWL's."""
+        share, fixed = (None, self.pattern) if ":" in self.pattern else (float(self.pattern[:-2]) / 100, "unstructured")
+        named = {"sparsity": share, "pattern": fixed, "allocation": "owl" if self.owl else "uniform"}
+        made = METHODS[self.method](named)
+        return Refit(made) if self.refit else made
+
+    def seeds(self, count: int) -> range:
+        """The calibration draws that matter: one for a method that reads no data."""
+        return range(count if "data" in self.build().needs else 1)
+
+
+def cases(patterns: tuple[str, ...]) -> Iterator[Case]:
+    """All of them; OWL goes with methods that see inputs alone."""
+    for pattern in patterns:
+        for method in METHODS:
+            for owl in (False, True) if method != "Magnitude" else (False,):
+                yield from (Case(method, pattern, refit, owl) for refit in (False, True))
