@@ -168,11 +168,11 @@ def outputs(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_pruned_model_is_written_and_read_again(name: str, tmp_path: Path):
     """By `write_model` and by `save_pretrained`, one method and pattern for each architecture."""
-    model, data = build(name, BATCHES)
+    made, data = build(name, BATCHES)
     index = NAMES.index(name)
     method, pattern = list(METHODS)[(index + 1) % len(METHODS)], PATTERNS[index // 2 % 2]
-    model.save_pretrained(tmp_path / "dense")
-    model = read_model(tmp_path / "dense")
+    made.save_pretrained(tmp_path / "dense")
+    model: Any = read_model(tmp_path / "dense")
     handle = rarefy.sparsify(model, METHODS[method](pattern=pattern), data=data, only=names_of(model))
     changes, record = collect(model, handle, tmp_path / "dense")
     write_model(tmp_path / "dense", tmp_path / "sparse", changes, record)
