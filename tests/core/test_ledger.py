@@ -38,6 +38,7 @@ ROWS = {
     "TopKAST": lambda f, b, g: 2 * f + b,
     "SRSTE": lambda f, b, g: f + 2 * DENSE,
     "IMP": lambda f, b, g: 3 * f,
+    **dict.fromkeys(("Wanda", "SparseGPT", "ALPS", "DSnoT", "Refit"), lambda f, b, g: 3 * f),
 }
 
 

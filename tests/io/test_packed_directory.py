@@ -23,6 +23,7 @@ from rarefy.io.packing import pack_weight
 from rarefy.io.shards import INDEX, WEIGHTS
 from rarefy.io.transformers import RarefyConfig, RarefyQuantizer
 from rarefy.runtime import PackedLinear
+from rarefy.runtime.forms.places import Reader, Writer
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 IDS = torch.tensor([[1, 5, 7, 90, 3]])
@@ -200,7 +201,7 @@ def test_a_layer_is_let_go_when_it_is_written():
         held = weakref.ref(stored)
         del stored
         assert held() is None
-        assert not [each for each in gc.get_objects() if type(each).__name__ in ("Reader", "Writer")]
+        assert not [each for each in gc.get_objects() if type(each) in (Reader, Writer)]
     finally:
         gc.enable()
 

@@ -1,9 +1,9 @@
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
-from rarefy.io.watch import blocks_in, watched
 from safetensors.torch import load_file
 
 import rarefy
@@ -108,30 +108,40 @@ def test_batches_of_tokens_do_as_well(llama, tmp_path):
     assert len(SEEN) >= 2
 
 
-def test_no_cache_is_filled_while_blocks_run(llama, text, tmp_path):
-    held: list[bool] = []
-
-    @value
-    class Looks(Shown):
-        def begin(self, s):
-            held.append(s.model.config.use_cache)
-            super().begin(s)
-
-    prune(llama, tmp_path / "out", Looks(), calibration=text, samples=1)
-    assert held == [False]
-
-
 def test_progress_names_each_block(llama, text, tmp_path):
     told: list[tuple[int, int, str]] = []
-    prune(llama, tmp_path / "out", Shown(), calibration=text, samples=1, progress=lambda *x: told.append(x))
+    method = rarefy.Wanda(0.5)
+    prune(llama, tmp_path / "out", method, calibration=text, samples=1, progress=lambda *x: told.append(x))
     assert told == [(0, 2, "model.layers.0"), (1, 2, "model.layers.1"), (2, 2, "")]
 
 
-def test_watching_leaves_no_hooks():
-    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(2, 2)])})
-    with watched(model, lambda *_: None):
-        assert model["layers"][0]._forward_pre_hooks
-    assert not model["layers"][0]._forward_pre_hooks
+def test_a_killed_run_continues_with_the_blocks_that_are_left(llama, text, tmp_path, monkeypatch):
+    def stop(done: int, of: int, name: str) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    def again(**how: Any) -> Any:
+        return prune(llama, tmp_path / "out", rarefy.SparseGPT(pattern="2:4"), calibration=text, samples=2, **how)
+
+    with pytest.raises(KeyboardInterrupt):
+        again(progress=stop)
+    assert {path.name for path in tmp_path.iterdir()} == {".out.partial", text.name}
+    told: list[tuple[int, int, str]] = []
+    again(progress=lambda *x: told.append(x))
+    assert [name for _, _, name in told] == ["model.layers.1", ""]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", text.name}
+    prune(llama, tmp_path / "whole", rarefy.SparseGPT(pattern="2:4"), calibration=text, samples=2)
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_an_error_leaves_nothing_behind(llama, text, tmp_path):
+    def fail(*_: Any) -> None:
+        raise ValueError("no luck")
+
+    with pytest.raises(ValueError, match="no luck"):
+        prune(llama, tmp_path / "out", rarefy.Wanda(0.5), calibration=text, samples=1, progress=fail)
+    assert [path.name for path in tmp_path.iterdir()] == [text.name]
 
 
 def test_only_and_skip(llama, tmp_path):
@@ -216,13 +226,17 @@ def test_parts_and_kinds_by_name():
     assert kind_of("lm_head.weight") == "lm_head"
 
 
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(2, 2)
+
+
 def test_sites_are_those_in_repeated_blocks():
-    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(2, 2)]), "head": torch.nn.Linear(2, 2)})
-    assert chosen_sites(model) == ["layers.0.weight"]
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([Block()]), "head": torch.nn.Linear(2, 2)})
+    assert chosen_sites(model) == ["layers.0.inner.weight"]
     assert chosen_sites(model, only="head") == ["head.weight"]
-    assert list(blocks_in(model)) == ["layers.0"]
-    with pytest.raises(ValueError, match="no repeated blocks"):
-        chosen_sites(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    assert chosen_sites(torch.nn.Sequential(torch.nn.Linear(2, 2))) == ["0.weight"]
 
 
 def test_the_innermost_method_chooses():

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import rarefy  # noqa: F401  registers the methods
+import rarefy
 from rarefy.axes import Cosine, Cubic, Every, OneShot
 from rarefy.bench.tasks import Task
 from rarefy.core.method import Driver, Method, all_methods
@@ -91,7 +91,10 @@ def make_method(name: str, task: Task, sparsity: float) -> Method | Driver:
         raise ValueError(f"sparsity {sparsity:g} must be above 0 and below 1: the share of weights that are zero")
     kind = method_class(name)
     entry = _ENTRIES.get(_known(name))
-    asked = {"sparsity": sparsity} if "sparsity" in {f.name for f in dataclasses.fields(cast(Any, kind))} else {}
+    fields = {f.name for f in dataclasses.fields(cast(Any, kind))}
+    asked: dict[str, Any] = {"sparsity": sparsity} if "sparsity" in fields else {}
+    if "method" in fields:  # a stage goes on from another method's mask
+        asked["method"] = rarefy.Wanda(sparsity)
     return _paced(kind(**asked, **(entry.options if entry else {})), task.every)
 
 

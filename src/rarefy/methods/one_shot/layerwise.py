@@ -159,6 +159,8 @@ class _Run:
             self._solve_block(captured.statistics, originals)
             self._note(captured.block.name, captured.block.sites)
             self.at = f"after {self.at}"
+            if captured.index + 1 == captured.of:
+                self._tell(captured.of, captured.of, "")
         for site in self.s.sites:
             if site not in self.done:  # no input ever reached it
                 self.at = repr(site.name)
