@@ -91,8 +91,7 @@ struct Kernels {
     const Algorithm* bitmap_expand; // gemm_dense.cpp
     const Algorithm* index_few;     // gemv_index.cpp, every block size
     const Algorithm* index_many;    // spmm_index.cpp, every block size
-    const Algorithm* lut_few;       // lut_product.cpp
-    const Algorithm* lut_many;      // the same
+    const Algorithm* lut_product;   // lut_product.cpp, any number of tokens
     const Lut* lut;
     const Convolution* conv;        // conv.cpp: one entry per dtype of the weight
     const Training* train_forward;          // train.cpp

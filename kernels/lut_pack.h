@@ -85,9 +85,7 @@ inline void pack_square(const rarefy_slot& x, const Packed<D>& to, std::int64_t 
         }
         F32 turned[4][lanes];
         for (int i = 0; i < 4; ++i) {
-            const std::int64_t at = column + i * lanes;
-            for (int c = 0; c < lanes; ++c)
-                turned[i][c] = at + c < cols ? load_at_most(data + (at + c) * x.feature + token, some) : F32{};
+            read_square<T>(x, token, some, column + i * lanes, cols - column - i * lanes, turned[i]);
             turn(turned[i]);
         }
         for (std::int64_t t = 0; t < some; ++t) {

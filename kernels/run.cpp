@@ -74,7 +74,7 @@ const Algorithm* find(int form, int dtype, int algorithm) {
         {k.dense_few, k.dense_many, nullptr},
         {k.bitmap_few, k.bitmap_many, k.bitmap_expand},
         {k.index_few, k.index_many, nullptr},
-        {k.lut_few, k.lut_many, nullptr},
+        {k.lut_product, k.lut_product, nullptr},
     };
     if (form < 0 || form >= RAREFY_FORMS || algorithm < 0 || algorithm >= RAREFY_ALGORITHMS) return nullptr;
     const Algorithm* const family = families[form][algorithm];

@@ -87,16 +87,14 @@ inline void pack_piece(const Job& job, const Slab& slab, std::int64_t piece) {
     for (std::int64_t c = column; c < last; c += group) pack_group(job, slab, vector, c);
 }
 
-// int8: 0, or NaN for a token that is not finite, whichever columns a row keeps.
-inline const float* start_of_sums(const Slab& slab, const Cut& c, std::int64_t b, float* start) {
-    if (c.groups == 0) return nullptr;
-    for (int j = 0; j < slab.blocks.width(b); ++j) {
+// int8: 0, or NaN for a token that is not finite, whichever columns a row keeps. `scales`: of the first group, the next
+// group's `step` entries behind.
+inline void start_of_sums(const float* scales, std::int64_t step, std::int64_t groups, int vectors, float* start) {
+    for (int j = 0; j < vectors; ++j) {
         F32 sum{};
-        for (std::int64_t g = 0; g < c.groups; ++g)
-            sum += load(slab.group_scales(g, b) + j * lanes) * 0.0f;
+        for (std::int64_t g = 0; g < groups; ++g) sum += load(scales + g * step + j * lanes) * 0.0f;
         store(start + j * lanes, sum);
     }
-    return start;
 }
 
 // Rows of as many units one after the other, in every panel: then the processor foresees where their loops end.
@@ -163,7 +161,9 @@ inline void spmm_tile(const Job& job, const Cut& c, const Slab& slab, std::int64
         const int vectors = slab.blocks.width(b);
         multiply_tile(job, c, slab, b, tile, vectors, sums);
         float* const spare = sums + c.tile * w.block * vectors * lanes;
-        const float* const start = start_of_sums(slab, c, b, spare);
+        if (c.groups > 0)
+            start_of_sums(slab.group_scales(0, b), slab.blocks.vectors * lanes, c.groups, vectors, spare);
+        const float* const start = c.groups > 0 ? spare : nullptr;
         const std::int64_t token = slab.blocks.first(b) * lanes, tokens = slab.blocks.tokens - token;
         finish_any(job, sums, row, rows, slab.token + token, tokens, vectors, start);
     }

@@ -158,15 +158,6 @@ RAREFY_APART void quad_rows(const QuadTile& tile, std::int64_t panel, const std:
     }
 }
 
-// 0, or NaN for a token that is not finite, whichever columns a row keeps.
-inline void quad_start(const Bytes& slab, const QuadCut& c, std::int64_t b, float* start) {
-    for (int j = 0; j < slab.blocks.width(b); ++j) {
-        F32 sum{};
-        for (std::int64_t g = 0; g < c.groups; ++g) sum += load(slab.group_scales(g, slab.blocks.first(b) + j)) * 0.0f;
-        store(start + j * lanes, sum);
-    }
-}
-
 template <int BLOCK, typename Bounds>
 inline void quads_of_tile(const Job& job, const QuadCut& c, const Bytes& slab, std::int64_t at, unsigned char* own,
                           const Bounds& find) {
@@ -187,7 +178,7 @@ inline void quads_of_tile(const Job& job, const QuadCut& c, const Bytes& slab, s
     for (std::int64_t b = 0; b < slab.blocks.count; ++b) {
         const int vectors = slab.blocks.width(b);
         float* const start = sums + c.tile * BLOCK * vectors * lanes;
-        quad_start(slab, c, b, start);
+        start_of_sums(slab.group_scales(0, slab.blocks.first(b)), slab.blocks.vectors * lanes, c.groups, vectors, start);
         for (std::int64_t p = 0; p < c.panels; ++p) {
             const std::uint8_t* const x = slab.block(b) + p * panel_groups * group * vectors * lanes;
             const float* const scales = slab.group_scales(p * panel_groups, slab.blocks.first(b));
