@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -162,6 +163,71 @@ class Careless(nn.Module):
 def test_dataclasses_changes_in_place_and_caches():
     model = Careless()
     data = [torch.randn(3, 4, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    for captured in walk(model, find_sites(model), data):
+        assert not captured.fallback
+        ((site, x),) = hooked(model, data, list(captured.block.sites)).items()
+        assert close(captured.statistics[site][0].squares, x[0].square().sum(0))
+        shrink(captured)
+
+
+class Masked(nn.Module):
+    """Blocks that are told a mask: one object for all, or from some block on another one of the same content."""
+
+    def __init__(self, other_from: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList(Told() for _ in range(4))
+        self.other_from = other_from
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = x.sign()
+        other = -mask if len(x) == 2 else mask.clone()
+        for i, layer in enumerate(self.layers):
+            x = layer(x, mask if i < self.other_from else other)
+        return x
+
+
+@pytest.mark.parametrize("other_from", [1, 2, 9])
+def test_a_batch_of_known_shapes_runs_only_as_far_as_new_arguments_come(other_from: int):
+    model = Masked(other_from)
+    source = torch.Generator().manual_seed(0)
+    data = [torch.randn(n, 4, generator=source) for n in (3, 3, 2, 2, 3, 3)]  # the mask is told apart by shape alone
+    calls = [0] * 4
+    for i, layer in enumerate(model.layers):
+        layer.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    walked = walk(model, find_sites(model), data)
+    begun = next(walked)
+    assert not begun.fallback
+    through = 1 + 3 + 1 + 2  # the order; first, last and the first of two rows; once disturbed; two verified
+    short = [3 if i < other_from < 4 else 0 for i in range(4)]
+    assert calls == [through + short[0] + 6, *(through + n for n in short[1:])]
+    for captured in itertools.chain([begun], walked):
+        ((site, x),) = hooked(model, data, list(captured.block.sites)).items()
+        assert close(captured.statistics[site][0].squares, x[0].square().sum(0))
+
+
+class Fickle(nn.Module):
+    """Tells its second block another constant where the first entry is positive, whatever the shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList(Told() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = x.sign()
+        positive = bool(x[0, 0] > 0)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, torch.ones(4) if positive and i == 1 else mask)
+        return x
+
+
+def test_batches_of_one_shape_that_are_called_differently_run_through():
+    model = Fickle()
+    data = [torch.randn(3, 4, generator=torch.Generator().manual_seed(i)).abs() for i in range(4)]
+    data[0] = -data[0]  # the last batch shows that shapes say too little
     for captured in walk(model, find_sites(model), data):
         assert not captured.fallback
         ((site, x),) = hooked(model, data, list(captured.block.sites)).items()

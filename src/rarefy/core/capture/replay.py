@@ -9,7 +9,8 @@ from torch import nn
 
 from rarefy.core.capture.batches import Batch
 from rarefy.core.capture.blocks import Block
-from rarefy.core.capture.record import Constant, Link, Refused, record
+from rarefy.core.capture.follow import Constant, Link
+from rarefy.core.capture.record import Refused, record
 from rarefy.core.capture.runs import quiet
 from rarefy.core.capture.store import Store, fingerprint
 from rarefy.core.capture.tree import Path, at, replaced, tensors
@@ -41,9 +42,8 @@ class Replay:
                 output = self.run(block, batch)
                 for handle in self._states[batch].values():
                     self._store.drop(handle)
-                for _, mark in calls[block].marks():
-                    if isinstance(mark, Constant):
-                        self._store.drop(mark.kept)
+                for mark in calls[block].constants():
+                    self._store.drop(mark.kept)
                 wanted = {m.path for _, m in calls[block + 1].marks() if isinstance(m, Link)}
                 self._states[batch] = {path: self._store.put(at(output, path)) for path in wanted}
                 told(batch)
