@@ -7,7 +7,7 @@ from rarefy.bench.pruning.__main__ import main
 from rarefy.bench.pruning.blocks import Shape, make
 from rarefy.bench.pruning.document import Masks, Row, block_goals, block_grid, mask_grid
 from rarefy.bench.pruning.reference import quota, reference_block
-from rarefy.bench.pruning.sides import METHODS, compare_masks, peak, rarefy_block
+from rarefy.bench.pruning.sides import METHODS, SIDES, compare_masks, peak, rarefy_block, run_side
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'rarefy[hf]'")
 SHAPE = Shape(64, 128, 32)
@@ -32,7 +32,7 @@ def test_four_query_heads_share_a_key_head():
 def test_both_sides_choose_the_same_masks_in_float64(method):
     model, batches = make(SHAPE, torch.float64)
     before = copy.deepcopy(model.state_dict())
-    found = compare_masks(model, batches, method, 0.5)
+    found = compare_masks(model, {side: run_side(side, model, batches, method, 0.5) for side in SIDES}, method, 0.5)
     assert found["different"] == found["wrong"] == found["gap"] == 0
     assert found["of"] == sum(p.numel() for p in model.block.parameters() if p.ndim == 2)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -104,3 +104,8 @@ def test_the_tables_tell_the_figures():
 def test_an_unknown_width_is_refused():
     with pytest.raises(SystemExit, match="there are blocks of 256, 512"):
         main(["block", "--quick", "--widths", "100"])
+
+
+def test_half_a_sequence_is_refused():
+    with pytest.raises(SystemExit, match="whole sequences of 2048, such as 4096"):
+        main(["block", "--widths", "1024", "--tokens", "5000"])

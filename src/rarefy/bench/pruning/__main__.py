@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,12 +20,11 @@ from rarefy.bench.environment import environment
 from rarefy.bench.files import write_whole
 from rarefy.bench.pruning.blocks import FULL, QUICK, Model, Shape, make
 from rarefy.bench.pruning.document import Document, Masks, Row, block_goals, block_grid, footer, mask_grid
-from rarefy.bench.pruning.sides import METHODS, SIDES, Method, compare_masks, peak, rarefy_side, reference_side
+from rarefy.bench.pruning.sides import METHODS, SIDES, Method, Pruned, compare_masks, peak, run_side
 
 __all__ = ["block", "main"]
 
 SPARSITY = 0.5
-_RUN = {"reference": reference_side, "rarefy": rarefy_side}
 
 
 def block(
@@ -33,6 +33,7 @@ def block(
     rounds: int = 3,
     threads: int = 2,
     widths: tuple[int, ...] = (),
+    tokens: int | None = None,
 ) -> None:
     """Llama-shaped blocks pruned by Wanda and SparseGPT: rarefy beside straightforward implementations.
 
@@ -42,12 +43,17 @@ def block(
         rounds: of timing, in each both sides, in turn.
         threads: of both sides.
         widths: only these.
+        tokens: to calibrate with, a multiple of 2048; default: 64k, and 16k for a width of 4096.
     """
     pin(threads)
     shapes = [s for s in (QUICK if quick else FULL) if not widths or s.width in widths]
     if not shapes:
         known = ", ".join(str(s.width) for s in (QUICK if quick else FULL))
         raise SystemExit(f"--widths {' '.join(map(str, widths))}: there are blocks of {known}")
+    if tokens is not None:
+        if tokens % 2048 or tokens < 2048:
+            raise SystemExit(f"--tokens {tokens}: whole sequences of 2048, such as {max(1, tokens // 2048) * 2048}")
+        shapes = [replace(shape, tokens=tokens) for shape in shapes]
     where = environment(threads=threads, flush_denormal=False)
     document = Document(quick=quick, when=now(), rounds=rounds, environment=where)
     with steps_bar(sum(_work(shape, rounds) for shape in shapes)) as bar:
@@ -69,7 +75,7 @@ def _cost(shape: Shape) -> int:
 
 
 def _work(shape: Shape, rounds: int) -> int:
-    return len(METHODS) * len(SIDES) * _cost(shape) * (rounds + 2)
+    return len(METHODS) * len(SIDES) * _cost(shape) * (rounds + 1)
 
 
 def _measure(
@@ -78,19 +84,23 @@ def _measure(
 ) -> Row:  # fmt: skip
     solver: dict[str, list[float]] = {side: [] for side in SIDES}
     whole: dict[str, list[float]] = {side: [] for side in SIDES}
+    last: dict[str, Pruned] = {}
     for index in range(rounds):
         for side in SIDES if index % 2 == 0 else SIDES[::-1]:
             bar.say(f"{method} {shape}: {side}, round {index + 1} of {rounds}")
-            cost = _RUN[side](model, batches, method, SPARSITY)
-            solver[side].append(cost.solver)
-            whole[side].append(cost.whole)
+            last.pop(side, None)
+            last[side] = run_side(side, model, batches, method, SPARSITY)
+            solver[side].append(last[side].cost.solver)
+            whole[side].append(last[side].cost.whole)
             bar.tick(_cost(shape))
     bar.say(f"{method} {shape}: masks")
-    masks = [_masks(shape, method, model, batches)]
+    masks = [_masks(shape.width, model, last, method)]
+    last.clear()
     if shape.width in (QUICK[0].width, FULL[0].width):
         small = QUICK[0] if quick else QUICK[1]
-        masks.append(_masks(small, method, *make(small, torch.float64)))
-    bar.tick(2 * _cost(shape))
+        exact, few = make(small, torch.float64)
+        sides = {side: run_side(side, exact, few, method, SPARSITY) for side in SIDES}
+        masks.append(_masks(small.width, exact, sides, method))
     found = {}
     for side in SIDES:
         bar.say(f"{method} {shape}: memory of {side}")
@@ -102,10 +112,10 @@ def _measure(
     )  # fmt: skip
 
 
-def _masks(shape: Shape, method: Method, model: Model, batches: Sequence[torch.Tensor]) -> Masks:
-    found = compare_masks(model, batches, method, SPARSITY)
+def _masks(width: int, model: Model, sides: dict[str, Pruned], method: Method) -> Masks:
+    found = compare_masks(model, sides, method, SPARSITY)
     dtype = str(next(model.block.parameters()).dtype).removeprefix("torch.")
-    return Masks.model_validate({"dtype": dtype, "width": shape.width, **found})
+    return Masks.model_validate({"dtype": dtype, "width": width, **found})
 
 
 def _write(document: Document, path: Path) -> None:

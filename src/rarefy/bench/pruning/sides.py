@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,11 +25,11 @@ __all__ = [
     "SIDES",
     "Cost",
     "Method",
+    "Pruned",
     "compare_masks",
     "peak",
     "rarefy_block",
-    "rarefy_side",
-    "reference_side",
+    "run_side",
 ]
 
 Method = Literal["Wanda", "SparseGPT"]
@@ -45,15 +45,23 @@ class Cost:
     whole: float
 
 
-def reference_side(model: Model, batches: Sequence[Tensor], method: Method, sparsity: float) -> Cost:
-    """Prune a copy of the model by the reference."""
-    marks, _ = reference_block(copy.deepcopy(model), batches, method, sparsity)
-    return Cost(marks[2] - marks[1], marks[3] - marks[0])
+@dataclass(frozen=True)
+class Pruned:
+    """A copy of the model after one side has pruned it. found: rarefy's masks, or what the reference's Linears added up
+    of their inputs, by name."""
+
+    model: Model
+    cost: Cost
+    found: dict[str, Tensor]
 
 
-def rarefy_side(model: Model, batches: Sequence[Tensor], method: Method, sparsity: float) -> Cost:
-    """Prune a copy of the model by `rarefy.sparsify`."""
-    return rarefy_block(copy.deepcopy(model), batches, method, sparsity)[0]
+def run_side(side: str, model: Model, batches: Sequence[Tensor], method: Method, sparsity: float) -> Pruned:
+    """Prune a copy of the model by one side."""
+    own = copy.deepcopy(model)
+    if side == "rarefy":
+        return Pruned(own, *rarefy_block(own, batches, method, sparsity))
+    marks, seen = reference_block(own, batches, method, sparsity, keep=True)
+    return Pruned(own, Cost(marks[2] - marks[1], marks[3] - marks[0]), seen)
 
 
 def rarefy_block(
@@ -80,23 +88,20 @@ def rarefy_block(
     return cost, masks
 
 
-def compare_masks(model: Model, batches: Sequence[Tensor], method: Method, sparsity: float) -> dict[str, float]:
-    """How rarefy's masks differ from the reference's.
+def compare_masks(model: Model, sides: Mapping[str, Pruned], method: Method, sparsity: float) -> dict[str, float]:
+    """How rarefy's masks differ from the reference's. model: as it was before; sides: by name.
 
     different: entries; of: all. wrong, gap: rarefy's entries that are on the wrong side of the bound by the reference's
     own scores (for SparseGPT those that it has after the same earlier choices), and their largest relative distance.
     """
-    ours = copy.deepcopy(model)
-    masks = rarefy_block(ours, batches, method, sparsity)[1]
-    other = copy.deepcopy(model)
-    _, seen = reference_block(other, batches, method, sparsity, keep=True)
+    other = sides["reference"]
     judged, different, total = Judged(), 0, 0
     with torch.no_grad():
-        for name, mask in masks.items():
+        for name, mask in sides["rarefy"].found.items():
             weight = _weight(model.block, name)
-            different += int((mask != _weight(other.block, name).ne(0)).sum())
+            different += int((mask != _weight(other.model.block, name).ne(0)).sum())
             total += mask.numel()
-            _judge(judged, method, weight, seen[name], sparsity, mask)
+            _judge(judged, method, weight, other.found[name], sparsity, mask)
     return {"different": different, "of": total, "wrong": judged.wrong, "gap": judged.gap}
 
 
