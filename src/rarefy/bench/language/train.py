@@ -37,8 +37,8 @@ class Recipe:
     key_heads: int = 4
     hidden: int = 688
     context: int = 256
-    batch: int = 32
-    rate: float = 3e-3
+    batch: int = 8
+    rate: float = 2e-3
     minutes: float = 50.0
     seed: int = 0
 
