@@ -123,6 +123,14 @@ def random_weight(rows: int, cols: int, density: float, seed: int = 0) -> tuple[
     return rng.standard_normal((rows, cols)).astype(np.float32), rng.random((rows, cols)) < density
 
 
+def extreme_masks(some: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Of a mask of more than 48 rows: it with empty rows, the last 10 columns alone, nothing, everything."""
+    empty_rows, late = some.copy(), np.zeros_like(some)
+    empty_rows[::3] = empty_rows[16:48] = False
+    late[:, -10:] = True
+    return empty_rows, late, np.zeros_like(some), np.ones_like(some)
+
+
 def random_input(tokens: int, features: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Normal activations [tokens, features]."""
     rng = np.random.default_rng([seed, tokens, features, 1])

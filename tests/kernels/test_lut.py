@@ -10,7 +10,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kernels import reference
-from kernels.reference import Built, check, looked_up, product, random_input, random_weight, weight_struct
+from kernels.reference import (
+    Built,
+    check,
+    extreme_masks,
+    looked_up,
+    product,
+    random_input,
+    random_weight,
+    weight_struct,
+)
 from rarefy.runtime import kernels
 from rarefy.runtime.kernels import Activation, Algorithm, DType, Form, Weight, runs
 
@@ -96,11 +105,7 @@ def test_epilogues(activation, kind):
 @every_dtype
 def test_empty_rows_and_matrices_without_zeros_or_with_nothing_else(dtype):
     weight, some = random_weight(70, 300, 0.3)
-    empty_rows = some.copy()
-    empty_rows[::3] = empty_rows[16:48] = False
-    late = np.zeros_like(some)
-    late[:, 290:] = True
-    for mask in (empty_rows, late, np.zeros_like(some), np.ones_like(some)):
+    for mask in extreme_masks(some):
         built = build(weight, mask, dtype)
         x = random_input(20, 300)
         check(built, x, many(built, x))

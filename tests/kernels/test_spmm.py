@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels import reference
-from kernels.reference import check, product, random_input, random_weight, weight_struct
+from kernels.reference import check, extreme_masks, product, random_input, random_weight, weight_struct
 from rarefy.runtime.kernels import Activation, Algorithm, DType, Form, runs
 
 FORMS = [(Form.BITMAP, 1), *((Form.INDEX16, block) for block in (1, 4, 8, 16))]
@@ -64,11 +64,7 @@ def test_no_tokens(form, block, dtype):
 @pytest.mark.parametrize(("form", "block"), FORMS, ids=lambda v: str(getattr(v, "name", v)))
 def test_empty_rows_and_matrices_without_zeros_or_with_nothing_else(form, block, dtype):
     weight, some = random_weight(70, 300, 0.3)
-    empty_rows = some.copy()
-    empty_rows[::3] = empty_rows[16:48] = False
-    late = np.zeros_like(some)
-    late[:, 290:] = True
-    for mask in (empty_rows, late, np.zeros_like(some), np.ones_like(some)):
+    for mask in extreme_masks(some):
         built = weight_struct(weight, mask=mask, form=form, dtype=dtype, block=block)
         x = random_input(20, 300)
         check(built, x, product(built, Algorithm.MANY, x))

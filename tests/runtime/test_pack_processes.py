@@ -77,26 +77,3 @@ def test_a_second_openmp_runtime_is_warned_of(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="2 OpenMP runtimes"):
         warn.warn_once()
     warn.warn_once()  # once
-
-
-_WITHOUT = """
-import warnings, torch, rarefy
-from rarefy.runtime.forms import encode
-from rarefy.runtime.layers import PackedLinear
-model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU()).eval()
-with torch.no_grad():
-    model[0].weight[:, 4:] = 0
-x = torch.randn(3, 16)
-y = model(x)
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    report = rarefy.pack(model, example=x)
-    layer = PackedLinear.convert(model[0], encode(model[0].weight.detach()))
-    for _ in range(2):
-        assert torch.allclose(model(x), y, atol=1e-6)
-    z = x.clone().requires_grad_()
-    model(z).sum().backward()
-print(len([w for w in caught if "torch" in str(w.message)]), report.rows[0].choice, z.grad.abs().sum() > 0)
-rarefy.unpack(model)
-assert torch.equal(model(x), y)
-"""

@@ -91,14 +91,14 @@ def linear_calls(layer: Layer, seen: Seen, dtype: DType, ways: Sequence[Way]) ->
     calls: dict[str, Callable[[], object]] = {AS_IT_IS: lambda: functional.linear(x, weight, bias)}
     copies: dict[tuple[Form, int], Copies] = {}
     for way in ways:
-        form, block = way.form, way.block
-        if (form, block) not in copies:
-            copies[form, block] = Copies(stored_of(layer, form, block, dtype))
+        source = (Form.BITMAP, 1) if way.form == Form.LUT else (way.form, way.block)  # LUT is made of the bitmap
+        if source not in copies:
+            copies[source] = Copies(stored_of(layer, *source, dtype))
         table = (way,) * kernels.BUCKETS
         if way.algorithm == TORCH:
-            made = runner(copies[form, block].stored, table, exact)[0]
+            made = runner(copies[source].stored, table, exact)[0]
         else:
-            made = copies[form, block].engine(table, exact)
+            made = copies[source].engine(table, exact)
         calls[str(way)] = lambda made=made: made(x)
     return calls
 

@@ -214,16 +214,18 @@ def best_dense(row: Row) -> list[str]:
 
     Its own as what stands for rarefy is called: as a layer where that is one.
     """
-    own = f"{DENSE}{row.dtype}"
-    layer = own + AS_LAYER
-    found = [name for name in (_TORCH[row.dtype], layer if row.own() == LAYER and layer in row.times else own)
-             if name in row.times]  # fmt: skip
-    return sorted(found, key=lambda name: row.times[name].median)[:1]
+    layer = f"{DENSE}{row.dtype}{AS_LAYER}"
+    return _faster_dense(row, layer) if row.own() == LAYER and layer in row.times else _best_kernel(row)
 
 
 def _best_kernel(row: Row) -> list[str]:
     """The fastest dense, torch's or this library's kernel by itself."""
-    found = [name for name in (_TORCH[row.dtype], f"{DENSE}{row.dtype}") if name in row.times]
+    return _faster_dense(row, f"{DENSE}{row.dtype}")
+
+
+def _faster_dense(row: Row, own: str) -> list[str]:
+    """The faster of torch's dense and this library's of that name, as far as they were measured."""
+    found = [name for name in (_TORCH[row.dtype], own) if name in row.times]
     return sorted(found, key=lambda name: row.times[name].median)[:1]
 
 

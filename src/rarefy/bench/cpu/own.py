@@ -51,7 +51,6 @@ class Kernel:
     """
 
     stored: Any
-    weight: kernels.Weight
     algorithm: Algorithm
     x: Tensor
     threads: int
@@ -62,7 +61,7 @@ class Kernel:
         if len(self.x) < 8:
             self.y = self.y.contiguous()
         kind = DType.BF16 if self.x.dtype == torch.bfloat16 else DType.F32
-        self._pointer = ctypes.pointer(self.weight)
+        self._pointer = ctypes.pointer(self.stored.weight())
         step = kernels.Step(
             kernels.Operation.LINEAR, kernels.Activation.NONE, 0, -1, 1, 0, None,
             (ctypes.POINTER(kernels.Weight) * kernels.BUCKETS)(*[self._pointer] * kernels.BUCKETS),
@@ -94,7 +93,9 @@ def _activations(x: Tensor) -> Tensor:
     return x.contiguous() if len(x) < 8 else x.t().contiguous().t()
 
 
-def _algorithms(tokens: int) -> tuple[Algorithm, ...]:
+def _algorithms(form: Form, tokens: int) -> tuple[Algorithm, ...]:
+    if form is Form.LUT:
+        return (Algorithm.FEW if tokens < 8 else Algorithm.MANY,)
     return next((algorithms for most, algorithms in _ALGORITHMS.items() if tokens <= most), _MANY)
 
 
@@ -143,14 +144,11 @@ def sparse_kernels(
 ) -> dict[str, Any]:
     """Every kernel that can run this weight: name to calls, or to the reason why it cannot."""
     found: dict[str, Any] = {}
-    for form, block in ((Form.BITMAP, 1), (Form.INDEX16, 1), (Form.INDEX16, zeros.block)):
-        for algorithm in _algorithms(len(x)):
+    for form, block in ((Form.BITMAP, 1), (Form.INDEX16, 1), (Form.INDEX16, zeros.block), (Form.LUT, 1)):
+        for algorithm in _algorithms(form, len(x)):
             choice = _Choice(form, algorithm, block)
             if choice.name not in found and kernels.runs(form, _DTYPES[dtype], algorithm):
                 found[choice.name] = _calls(weight, mask, x, dtype, choice, count=count, threads=threads)
-    if len(x) < 8 and kernels.runs(Form.LUT, _DTYPES[dtype], Algorithm.FEW):
-        choice = _Choice(Form.LUT, Algorithm.FEW, 1)
-        found[choice.name] = _calls(weight, mask, x, dtype, choice, count=count, threads=threads)
     return found
 
 
@@ -176,63 +174,12 @@ def _calls(
     count: Callable[[int], int],
     threads: int,
 ) -> list[Call] | str:
-    lut = choice.form is Form.LUT
     try:
-        stored = _stored(weight, mask, dtype, Form.BITMAP if lut else choice.form, choice.block)
-        first = _lut(stored) if lut else (stored, stored.weight())
-        size = first[0].numel() if lut else stored.nbytes
-        made = [first, *(_other(first, lut) for _ in range(count(size) - 1))]
-        return [
-            Kernel(_Shaped(held, weight.shape), w, choice.algorithm, _activations(x), threads).call()
-            for held, w in made
-        ]
+        first = _stored(weight, mask, dtype, choice.form, choice.block)
+        stored = [first, *(_again(first) for _ in range(count(first.nbytes) - 1))]
+        return [Kernel(each, choice.algorithm, _activations(x), threads).call() for each in stored]
     except (RuntimeError, ValueError) as error:
         return str(error)
-
-
-@dataclass(frozen=True)
-class _Shaped:
-    """Memory that a kernel reads, with the shape of the weight in it."""
-
-    memory: Any
-    shape: torch.Size
-
-
-def _other(first: tuple[Any, kernels.Weight], lut: bool) -> tuple[Any, kernels.Weight]:
-    if not lut:
-        stored = _again(first[0])
-        return stored, stored.weight()
-    held, weight = first
-    memory = _aligned(held.numel())
-    memory.copy_(held)
-    moved = kernels.Weight.from_buffer_copy(weight)
-    shift = memory.data_ptr() - held.data_ptr()
-    for name in ("index", "values", "scales"):
-        address = getattr(moved, name)
-        if address is not None and 0 <= address - held.data_ptr() < held.numel():
-            setattr(moved, name, address + shift)
-    memory.source = held  # type: ignore[attr-defined]  # its scales may still be in use
-    return memory, moved
-
-
-def _lut(stored: Any) -> tuple[Tensor, kernels.Weight]:
-    library = kernels.library()
-    source, made = stored.weight(), kernels.Weight()
-    size = 0 if library is None else library.rarefy_lut_bytes(ctypes.byref(source))
-    if library is None or not size:
-        raise ValueError("this weight has no look-up form")
-    memory = _aligned(size)
-    if library.rarefy_lut_build(ctypes.byref(source), memory.data_ptr(), ctypes.byref(made)):
-        raise ValueError("the look-up form could not be built")
-    memory.source = stored  # type: ignore[attr-defined]  # its scales may still be in use
-    return memory, made
-
-
-def _aligned(size: int) -> Tensor:
-    """So many bytes that begin at a multiple of 64."""
-    whole = torch.empty(size + 64, dtype=torch.uint8)
-    begin = -whole.data_ptr() % 64
-    return whole[begin : begin + size]
 
 
 def packed(module: nn.Module, example: Any, dtype: str, threads: int) -> tuple[nn.Module, PackReport]:

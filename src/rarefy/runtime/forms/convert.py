@@ -29,9 +29,8 @@ def convert(stored: Stored, form: AnyForm, block: int | None = None) -> Stored:
         return stored
     if form == Form.LUT:
         return convert(stored, stored.form if stored.form == Form.INDEX16 else Form.BITMAP, 1).looked_up()
-    stored = stored.opened()
-    if (form, block) == (stored.form, stored.block):
-        return stored
+    if stored.form == Form.LUT:
+        return convert(stored.opened(), form, block)
     if block == stored.block and Form.DENSE not in (form, stored.form):
         return rebuild(stored, form)
     mask = None if form == Form.DENSE else stored.mask()

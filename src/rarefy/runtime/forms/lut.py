@@ -69,6 +69,3 @@ def _library() -> ctypes.CDLL:
     if found is None:
         raise ValueError(f"LUT is made and read by the compiled kernels: {native.status()}. Use BITMAP or INDEX16.")
     return found
-
-
-__all__ = ["bitmap", "build", "check", "nbytes"]

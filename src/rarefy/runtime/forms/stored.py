@@ -37,15 +37,11 @@ class Stored(Sections):
 
     def entries(self) -> Tensor:
         """The weight as it is stored, a fresh tensor [rows, cols]: as `dense()`, int8 without its scales."""
-        if self.form == Form.LUT:
-            return self.opened().entries()
-        return from_bits(decode.entries(self), self.dtype)
+        return from_bits(decode.entries(self.opened()), self.dtype)
 
     def mask(self) -> Tensor:
         """Which entries are kept, a fresh bool [rows, cols]: whole units, whatever their values. DENSE keeps all."""
-        if self.form == Form.LUT:
-            return self.opened().mask()
-        return from_array(decode.mask(self))
+        return from_array(decode.mask(self.opened()))
 
     def opened(self) -> Stored:
         """LUT as a bitmap, whose units can be read one by one; another form itself."""
