@@ -1,8 +1,10 @@
 """Tiny models of transformers, saved as directories, and how to prune one, for the tests of files."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from safetensors import safe_open
@@ -11,9 +13,12 @@ from torch import nn
 import rarefy
 from rarefy.axes import Layout
 from rarefy.axes.pattern import parse_pattern
-from rarefy.io import Record, SiteRecord, collect, read_model
+from rarefy.io import Record, SiteRecord, collect, read_model, write_model
+from rarefy.runtime import PackedLinear
 
 transformers.utils.logging.disable_progress_bar()
+
+IDS = torch.tensor([[1, 5, 7, 90, 3]])
 
 _SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -110,3 +115,54 @@ def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def nothing_left(out: Path) -> bool:
+    return not out.exists() and not list(out.parent.glob(".*"))
+
+
+def copied(source: Path, target: Path) -> Path:
+    target.mkdir()
+    for name, data in files_of(source).items():
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).write_bytes(data)
+    return target
+
+
+def taken_apart(path: Path) -> tuple[dict[str, Any], bytes]:
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def put_together(path: Path, table: dict[str, Any], body: bytes) -> None:
+    header = json.dumps(table).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + body)
+
+
+def refused(source: Path, change: Any, out: Path, says: str, error: type[Exception] = ValueError) -> None:
+    with pytest.raises(error, match=says):
+        write_model(source, out, *change)
+    assert nothing_left(out)
+
+
+def sparse(
+    folder: Path, config: Any, dtype: torch.dtype = torch.float32, pattern: str = "unstructured", **how: Any
+) -> Path:
+    """A pruned directory, three quarters zeros unless the pattern says otherwise."""
+    source = saved(folder / "source", config, dtype, **how)
+    _, changes, record = pruned(source, pattern, 0.75)
+    write_model(source, folder / "sparse", changes, record)
+    return folder / "sparse"
+
+
+def load(folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def packed_layers(model: Any) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+
+
+def generated(model: Any) -> list[int]:
+    return model.generate(IDS, max_new_tokens=24, do_sample=False, pad_token_id=0)[0].tolist()

@@ -1,7 +1,6 @@
 """Bytes that no `encode` wrote: an error that says so, or a form that is safe to run; never a read out of bounds."""
 
 import struct
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,14 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rarefy.runtime.forms import FileForm, Header, Stored, encode, from_bytes, quantize
-from rarefy.runtime.forms.sections import allocate
-from rarefy.runtime.kernels import DType, Form, available
-
-KINDS = [
-    (Form.DENSE, 1), (Form.BITMAP, 1), (Form.INDEX16, 1), (Form.INDEX16, 4), (FileForm.PANEL8, 1), (FileForm.PANEL8, 8),
-    *([(Form.LUT, 1)] if available() else []),
-]  # fmt: skip
+from rarefy.runtime.forms import Stored, from_bytes
+from rarefy.runtime.kernels import Form
+from runtime.forms.damaged import KINDS, example, read_or_refuse
 
 # Where the fields of a header are: format and offset.
 FIELDS = {
@@ -28,82 +22,6 @@ FIELDS = {
 }  # fmt: skip
 
 
-def example(form: Form | FileForm, block: int, dtype: torch.dtype = torch.bfloat16) -> Stored:
-    """10 × 300 with a quarter kept: ragged rows, words and panels."""
-    generator = torch.Generator().manual_seed(3)
-    weight = torch.randn(10, 300, generator=generator)
-    weight[torch.rand(10, 300, generator=generator) > 0.25] = 0
-    if dtype == torch.int8:
-        values, scales = quantize(weight)
-        return encode(values, form=form, block=block, scales=scales)
-    return encode(weight.to(dtype), form=form, block=block)
-
-
-def safe(stored: Stored) -> bool:
-    """What kernels rely on, one unit after the other, in plain Python."""
-    header, data = stored.header, stored.bytes.numpy()
-    places = header.offsets()
-    assert places[-1] == len(data)
-    assert all(place % 64 == 0 and place <= len(data) for place in places)
-    block_rows = -(-header.rows // header.block)
-    if header.form == Form.DENSE:
-        return header.units == header.rows * header.cols
-    if header.form == FileForm.PANEL8:
-        panels = -(-header.cols // 256)
-        counts = data[128 : 128 + block_rows * panels].reshape(block_rows, panels)
-        inside = iter(data[128 + block_rows * panels :][: header.units].tolist())
-        rows = [[256 * p + next(inside) for p in range(panels) for _ in range(row[p])] for row in counts.tolist()]
-        return sum(map(len, rows)) == header.units and all(ascending(row, header.cols) for row in rows)
-    if header.form == Form.LUT:
-        return safe_look_up(stored)
-    starts = stored.starts.numpy().view(np.uint32).tolist()
-    if starts[0] != 0 or starts[-1] != header.units or sorted(starts) != starts or len(starts) != block_rows + 1:
-        return False
-    if header.form == Form.BITMAP:
-        words = -(-header.cols // 64) * 64
-        bitmap = np.unpackbits(data[128:][: header.rows * words // 8], bitorder="little").reshape(header.rows, words)
-        return bool((bitmap.sum(1) == np.diff(starts)).all()) and not bitmap[:, header.cols :].any()
-    columns = data[128:][: 2 * header.units].view(np.uint16).tolist()
-    return all(ascending(columns[a:b], header.cols) for a, b in pairwise(starts))
-
-
-def safe_look_up(stored: Stored) -> bool:
-    """Slices of 16 rows list their panels, most steps first; a step has some columns of each row, 0x80 fills up."""
-    header = stored.header
-    panel, depth = (32, 1) if header.dtype == DType.F32 else (64, 2 if header.dtype == DType.BF16 else 4)
-    slices, panels = -(-header.rows // 16), -(-header.cols // panel)
-    starts = stored.starts.numpy().view(np.uint32).tolist()
-    listed = -(-slices * (panels + 1) * 4 // 64) * 64
-    lists = stored.index.numpy()[: slices * (panels + 1) * 4].view([("panel", "<u2"), ("steps", "u1"), ("zero", "u1")])
-    columns = stored.index.numpy()[listed:].reshape(-1, 16, depth)
-    if starts[0] != 0 or starts[-1] != header.steps or len(starts) != slices + 1 or len(columns) != header.steps:
-        return False
-    units = 0
-    for at, entries in enumerate(lists.reshape(slices, panels + 1)):
-        used = entries[entries["steps"] > 0]
-        first = starts[at]
-        if sorted(used["steps"], reverse=True) != list(used["steps"]) or len(set(used["panel"])) != len(used):
-            return False
-        if (entries[: len(used)] != used).any() or entries["zero"].any() or (used["panel"] >= panels).any():
-            return False
-        for here in used:
-            width = min(panel, header.cols - panel * int(here["panel"]))
-            rows = columns[first : first + here["steps"]].transpose(1, 0, 2).reshape(16, -1)
-            first += int(here["steps"])
-            for row in rows.tolist():
-                kept = [c for c in row if c != 0x80]
-                if row[: len(kept)] != kept or not ascending(kept, width):
-                    return False
-                units += len(kept)
-        if first != starts[at + 1]:
-            return False
-    return units == header.units
-
-
-def ascending(columns: list[int], below: int) -> bool:
-    return sorted(set(columns)) == columns and all(column < below for column in columns)
-
-
 def changed(stored: Stored, field: str, value: int) -> torch.Tensor:
     data = stored.bytes.clone()
     kind, offset = FIELDS[field]
@@ -111,18 +29,6 @@ def changed(stored: Stored, field: str, value: int) -> torch.Tensor:
     packed = np.frombuffer(struct.pack(kind, value), dtype=np.uint8)
     data[offset : offset + size] = torch.from_numpy(packed.copy())
     return data
-
-
-def read_or_refuse(data: torch.Tensor) -> bool:
-    """Whether it was refused; what is not is safe and can be unpacked."""
-    try:
-        stored = from_bytes(data)
-    except ValueError:
-        return True
-    assert safe(stored)
-    stored.dense()
-    stored.mask()
-    return False
 
 
 @pytest.mark.parametrize(("form", "block"), KINDS)
@@ -224,117 +130,3 @@ def test_something_else():
             from_bytes(data)
     with pytest.raises(ValueError, match="on meta"):
         from_bytes(torch.zeros(128, dtype=torch.uint8, device="meta"))
-
-
-def section(stored: Stored, which: int, dtype: str) -> tuple[torch.Tensor, np.ndarray]:
-    """A copy of the bytes and a section of it that can be written to."""
-    data = stored.bytes.clone()
-    first, length = stored.header.offsets()[which], stored.header.lengths()[which]
-    return data, data.numpy()[first : first + length].view(dtype)
-
-
-def test_a_column_that_is_not_there():
-    data, columns = section(example(Form.INDEX16, 1), 0, "<u2")
-    columns[-1] = 300
-    with pytest.raises(ValueError, match="not below 300"):
-        from_bytes(data)
-    columns[-1] = 65535
-    with pytest.raises(ValueError, match="not below 300"):
-        from_bytes(data)
-
-
-def test_columns_that_do_not_ascend():
-    data, columns = section(example(Form.INDEX16, 1), 0, "<u2")
-    columns[[3, 4]] = columns[[4, 3]]
-    with pytest.raises(ValueError, match="do not ascend"):
-        from_bytes(data)
-    columns[3] = columns[4]
-    with pytest.raises(ValueError, match="do not ascend"):
-        from_bytes(data)
-
-
-@pytest.mark.parametrize(("place", "value"), [(0, 1), (-1, 0), (3, 2**32 - 1), (2, 0), (-1, 2**32 - 1)])
-def test_starts_that_do_not_ascend_to_the_units(place: int, value: int):
-    data, starts = section(example(Form.INDEX16, 1), 3, "<u4")
-    starts[place] = value
-    with pytest.raises(ValueError, match="it counts from"):
-        from_bytes(data)
-
-
-def test_starts_that_give_a_unit_to_the_row_before():
-    """Still ascending: only the columns, which then do not ascend within the row, tell."""
-    stored = example(Form.INDEX16, 1)
-    data, starts = section(stored, 3, "<u4")
-    starts[1] += 1
-    with pytest.raises(ValueError, match="do not ascend"):
-        from_bytes(data)
-
-
-def test_a_bitmap_that_counts_otherwise():
-    data, words = section(example(Form.BITMAP, 1), 0, "<u8")
-    words[0] ^= np.uint64(1)
-    with pytest.raises(ValueError, match="it counts from 0 to"):
-        from_bytes(data)
-
-
-def test_a_bitmap_with_bits_past_the_last_column():
-    data, words = section(example(Form.BITMAP, 1), 0, "<u8")
-    words[0] &= words[0] - np.uint64(1)  # one bit less, so that the count is right
-    words[4] |= np.uint64(1) << np.uint64(63)
-    with pytest.raises(ValueError, match="bits past the last one"):
-        from_bytes(data)
-
-
-def test_panels_that_count_otherwise():
-    data, index = section(example(FileForm.PANEL8, 1), 0, "u1")
-    index[0] += 1
-    with pytest.raises(ValueError, match="it counts from 0 to"):
-        from_bytes(data)
-    index[1] -= 1  # the sum is right, and a column of the second panel belongs to the first
-    assert read_or_refuse(data)
-
-
-def test_a_column_past_the_end_of_the_last_panel():
-    data, index = section(example(FileForm.PANEL8, 1), 0, "u1")
-    index[-1] = 300 - 256
-    with pytest.raises(ValueError, match="not below 300"):
-        from_bytes(data)
-
-
-def test_values_past_the_last_row():
-    stored = example(Form.INDEX16, 4)
-    data, values = section(stored, 1, "<u2")
-    values[-1] = 1
-    with pytest.raises(ValueError, match="2 rows past the last row"):
-        from_bytes(data)
-
-
-def test_int8_values_and_scales():
-    stored = example(Form.BITMAP, 1, torch.int8)
-    assert stored.dtype == DType.I8
-    data, values = section(stored, 1, "i1")
-    values[5] = -128
-    with pytest.raises(ValueError, match="got -128"):
-        from_bytes(data)
-    for bad in (np.nan, np.inf):
-        data, scales = section(stored, 2, "<f4")
-        scales[2] = bad
-        with pytest.raises(ValueError, match="scales of an int8 weight are finite"):
-            from_bytes(data)
-
-
-def test_sizes_without_bytes_behind_them_take_no_time():
-    """A million empty rows of 65 536 columns are a form of 4 MB; walking through its entries would take minutes."""
-    header = Header(Form.INDEX16, DType.F32, 1, 1_000_000, 65_536, 0)
-    assert from_bytes(allocate(header)).units == 0
-
-
-def test_many_units_are_looked_at_in_parts():
-    """More units than a part has, the damage in the last one; wide rows and short ones."""
-    for shape in ((90, 65_536), (2_000_000, 1)):
-        stored = encode(torch.ones(shape, dtype=torch.bfloat16), form=Form.INDEX16, block=4)
-        assert from_bytes(stored.bytes).units == stored.units
-        data, columns = section(stored, 0, "<u2")
-        columns[-1] = 65_535 if shape[1] == 1 else 0
-        with pytest.raises(ValueError, match="not below" if shape[1] == 1 else "do not ascend"):
-            from_bytes(data)
