@@ -31,10 +31,10 @@ demo: $(STAMP)  ## six methods on real digits, compared fairly, in under three m
 	$(BIN)/rarefy demo
 
 test: $(STAMP)  ## the whole test suite but its slow part
-	$(PYTEST) -n $(WORKERS) -q -m "not slow"
+	$(PYTEST) -n $(WORKERS) --dist worksteal -q -m "not slow"
 
 test-slow: $(STAMP)  ## the slow part: comparisons over seeds, long runs
-	$(PYTEST) -n $(WORKERS) --dist loadgroup -q -m slow tests
+	$(PYTEST) -n $(WORKERS) --dist worksteal -q -m slow tests
 
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1
 sanitize: $(STAMP)  ## the kernels' tests with AddressSanitizer and UBSan

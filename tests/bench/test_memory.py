@@ -19,3 +19,7 @@ def test_the_mark_is_set_back():
     assert high_water() < before + size // 2
     np.ones(size, dtype=np.uint8)
     assert high_water() >= before + size // 2
+
+
+def test_it_is_more_than_torch_takes():
+    assert 50e6 < high_water() < 1e12

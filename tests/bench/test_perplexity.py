@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from language import CONTEXT, WORDS, save_llama, text_of
-from rarefy.bench.perplexity import peak_memory, perplexity, read_windows
+from rarefy.bench.perplexity import perplexity, read_windows
 from rarefy.io.pretrained import read_tokenizer
 
 
@@ -91,10 +91,6 @@ def test_what_cannot_be_is_refused(bigram, ids):
     bigram.table.data[3, 3] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         perplexity(bigram, ids, 10)
-
-
-def test_peak_memory_is_more_than_torch_takes():
-    assert 50e6 < peak_memory() < 1e12
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from torch import nn
 import model_directories as directories
 import rarefy
 from rarefy.axes import NM, Layout, Unstructured
-from rarefy.io import Calibration, Record, SiteRecord, check_directory, write_model
+from rarefy.io import CalibrationRecord, Record, SiteRecord, check_directory, write_model
 from rarefy.io.record import digest, read_record
 from rarefy.io.shards import WEIGHTS
 
@@ -49,7 +49,7 @@ def test_a_mask_that_is_not_the_weights_is_refused():
 
 def test_it_says_what_was_done(tmp_path: Path):
     site = SiteRecord.of("w", torch.eye(4), torch.eye(4).bool(), Unstructured(), Layout(transposed=True))
-    calibration = Calibration(sha256="ab", settings={"samples": 128})
+    calibration = CalibrationRecord(sha256="ab", settings={"samples": 128})
     record = Record.of(rarefy.Magnitude(sparsity=0.75).to_dict(), [site], calibration=calibration, settings={"seed": 1})
     record.write(tmp_path)
     assert read_record(tmp_path) == record

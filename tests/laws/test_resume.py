@@ -3,7 +3,7 @@
 import copy
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +85,13 @@ def test_stopping_after_every_step_changes_nothing_at_length(name: str, optimize
     stop_after_every_step(name, optimizer, order, scheduled=order != "attached later")
 
 
-def stop_once(name: str, optimizer: str, stops: Iterable[int]) -> None:
-    """Stopped after one step only, through a file, and on to the end; for each of these steps."""
+def stop_once(name: str, optimizer: str, stops: Sequence[int]) -> None:
+    """Stopped after one step only, through a file, and on to the end; for each of these steps, in order."""
     method, make = small(name), OPTIMIZERS[optimizer]
     whole, saved = begin(method, make), {}
-    for step in range(STEPS + 1):
-        saved[step] = through_a_file(whole.train(step).saved())
+    for stop in stops:
+        saved[stop] = through_a_file(whole.train(stop).saved())
+    whole.train(STEPS)
     for stop in stops:
         restored = resume(saved[stop], method, make, order=ORDERS[stop // 2 % len(ORDERS)])
         assert_identical(whole, restored.train(STEPS), f"stopped after step {stop}")

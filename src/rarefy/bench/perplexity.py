@@ -21,8 +21,6 @@ windows begin is said by `bos`:
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -37,7 +35,7 @@ from rarefy.bench.statistics import interval
 from rarefy.io.calibration import frame
 from rarefy.io.texts import read_text
 
-__all__ = ["Bos", "Perplexity", "Text", "peak_memory", "perplexity", "read_windows"]
+__all__ = ["Bos", "Perplexity", "Text", "perplexity", "read_windows"]
 
 Bos = Literal["text", "window", "none"]
 Progress = Callable[[int, int, str], object]
@@ -170,12 +168,6 @@ def perplexity(
                 progress(done, len(rows), "")
     seconds = time.perf_counter() - begin
     return _summed(nll, right, rows, bytes_per_token, seconds)
-
-
-def peak_memory() -> int:
-    """The most bytes of memory that this process has held since it began."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _cut(tokens: Tensor, length: int | None) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from rarefy.runtime import plan
-from rarefy.runtime.judge import Change
+from rarefy.runtime.judge import Change, show
 from rarefy.runtime.packed import Packed
 
 __all__ = ["Sides", "weight_bytes"]
@@ -56,13 +56,7 @@ class Sides:
         if packed is self._packed:
             return
         self._packed = packed
-        for module, forward in self.plans:
-            if packed:
-                module.__dict__["forward"] = forward
-            else:
-                del module.__dict__["forward"]
-        for change in self.changes:
-            change.show(packed)
+        show(packed, self.plans, self.changes)
 
     def units(self) -> list[nn.Module]:
         """What is compared as "inside": modules that run as one call, and packed layers outside of them."""

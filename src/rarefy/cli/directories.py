@@ -8,7 +8,8 @@ import rich.text
 import torch
 import tyro
 
-from rarefy.bench.perplexity import Perplexity, Text, peak_memory, perplexity, read_windows
+from rarefy.bench.memory import high_water
+from rarefy.bench.perplexity import Perplexity, Text, perplexity, read_windows
 from rarefy.bench.progress import tracked
 from rarefy.bench.words import grouped
 from rarefy.cli.output import AsJson, console, grid, print_json, share
@@ -79,7 +80,7 @@ def evaluate(
         "text": text.name,
         "bos": bos,
         "dtype": _dtype(model),
-        "peak_memory": peak_memory(),
+        "peak_memory": high_water(),
     }
     if as_json:
         print_json({**settings, **got.to_dict()})

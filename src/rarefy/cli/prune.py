@@ -8,7 +8,7 @@ import rich.text
 import torch
 import tyro
 
-from rarefy.bench.perplexity import peak_memory
+from rarefy.bench.memory import high_water
 from rarefy.bench.progress import tracked
 from rarefy.bench.words import grouped
 from rarefy.cli.output import AsJson, console, grid, print_json, share
@@ -99,7 +99,7 @@ def prune(
             progress=progress,
         )
     if as_json:
-        print_json({**found.to_dict(), "peak_memory": peak_memory()})
+        print_json({**found.to_dict(), "peak_memory": high_water()})
     else:
         _show(found, str(value))
     return 0
@@ -169,7 +169,7 @@ def _rounding(found: Pruned) -> str:
 def _footer(found: Pruned) -> str:
     """Where the numbers come from."""
     data = found.calibration
-    said = f"{found.seconds:.1f} s, {peak_memory() / 1e9:.2f} GB of memory at most.{_rounding(found)}"
+    said = f"{found.seconds:.1f} s, {high_water() / 1e9:.2f} GB of memory at most.{_rounding(found)}"
     if data is None:
         return said
     drawn = (

@@ -8,7 +8,7 @@ import torch
 import tyro
 
 from rarefy.bench.decode import Decoding, Timed, decode_speed
-from rarefy.bench.perplexity import peak_memory
+from rarefy.bench.memory import high_water
 from rarefy.bench.progress import tracked
 from rarefy.bench.speed import NETWORKS, load_subject
 from rarefy.bench.speed import speed as run_speed
@@ -97,7 +97,7 @@ def _directory(
             progress=progress,
         )
     if as_json:
-        print_json({"model": str(folder), "peak_memory": peak_memory(), **found.to_dict()})
+        print_json({"model": str(folder), "peak_memory": high_water(), **found.to_dict()})
     else:
         _show(folder.resolve().name, found)
     return 0
@@ -142,7 +142,7 @@ def _words(found: Decoding) -> str:
         f"{chosen}{quantised} Medians of {rounds} rounds, dense and packed in turn; the interval is that of the "
         "median ratio. What is not inside packed layers is transformers' own work: attention, norms, Python. Token "
         f"ids are random. {report.isa or 'No compiled kernels'}, weights "
-        f"{'from memory' if report.cold else 'in the caches'}; {peak_memory() / 1e9:.2f} GB of memory at most."
+        f"{'from memory' if report.cold else 'in the caches'}; {high_water() / 1e9:.2f} GB of memory at most."
     )
 
 

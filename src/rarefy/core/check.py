@@ -16,23 +16,7 @@ from rarefy.core.sparsity import Sparsity
 
 
 def check(model: nn.Module, sparsity: Sparsity) -> None:
-    """Raise RuntimeError, listing every broken promise with names and counts, unless
-
-    the masked weights (and followers) are all +0.0, every mask obeys its pattern and keeps exactly what was asked, kept
-    weights are those of the master behind them, if there is one, the model still has the parameters that are held, and
-    a method that works during training is attached.
-
-    >>> from rarefy import Magnitude, sparsify
-    >>> model = nn.Linear(8, 4)
-    >>> handle = sparsify(model, Magnitude(sparsity=0.5))
-    >>> check(model, handle)
-    >>> model.weight.data.fill_(1.0)[0, 0].item()
-    1.0
-    >>> check(model, handle)
-    Traceback (most recent call last):
-    RuntimeError: 1 promise of Magnitude(sparsity=0.5) is broken:
-      weight: 16 of 16 masked values are not +0.0
-    """
+    """`rarefy.check` of a model: raise RuntimeError that lists every broken promise, with names and counts."""
     reshard(model)
     broken = _parameters(model, sparsity)
     if not broken:

@@ -17,11 +17,11 @@ from rarefy.io.file import load, save
 from rarefy.io.journal import Journal
 from rarefy.io.packed import PackedFiles, unpack_directory, write_packed
 from rarefy.io.prove import check, check_directory
-from rarefy.io.record import Calibration, Record, SiteRecord
+from rarefy.io.record import CalibrationRecord, Record, SiteRecord
 from rarefy.io.register import register
 
 __all__ = [
-    "Calibration",
+    "CalibrationRecord",
     "Journal",
     "PackedFiles",
     "Record",

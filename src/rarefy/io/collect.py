@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rarefy.axes import Layout
 from rarefy.core import Site, Sparsity
 from rarefy.io.directory import loader
-from rarefy.io.record import Calibration, Record, SiteRecord
+from rarefy.io.record import CalibrationRecord, Record, SiteRecord
 from rarefy.io.shards import Shards
 
 
@@ -20,7 +20,7 @@ def collect(
     sparsity: Sparsity,
     source: Path | str,
     *,
-    calibration: Calibration | None = None,
+    calibration: CalibrationRecord | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Tensor], Record]:
     """The pruned tensors of a model under the names, in the shapes and dtypes that they have in its directory.

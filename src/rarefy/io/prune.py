@@ -32,8 +32,7 @@ from rarefy.io.journal import Journal
 from rarefy.io.packed import write_packed
 from rarefy.io.pretrained import context_length, read_config, read_tokenizer
 from rarefy.io.pruned import Kind, Pruned, asked_of, by_kind, innermost, planned, used_of
-from rarefy.io.record import Calibration as Saw
-from rarefy.io.record import Record
+from rarefy.io.record import CalibrationRecord, Record
 
 __all__ = ["Kind", "Pruned", "prune"]
 
@@ -103,7 +102,7 @@ def prune(
         sparsity = sparsify(
             model, method, data=_batches(data, config), only=names, seed=seed, progress=progress, journal=journal
         )
-    saw = None if data is None else Saw(sha256=data.sha256, settings=data.settings)
+    saw = None if data is None else CalibrationRecord(sha256=data.sha256, settings=data.settings)
     changes, record = collect(model, sparsity, source, calibration=saw, settings={"seed": seed})
     _write(source, target, changes, record, packed)
     nonzero = sum(int(p.ne(0).sum()) for p in model.parameters())

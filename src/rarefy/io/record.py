@@ -103,7 +103,7 @@ class SiteRecord(_Strict):
             raise ValueError(f"{self.name!r}: {self.layout} is no layout: the record is damaged ({error})") from error
 
 
-class Calibration(_Strict):
+class CalibrationRecord(_Strict):
     """The text that a method saw. sha256: of the windows. settings: how they were chosen."""
 
     sha256: str
@@ -120,7 +120,7 @@ class Record(_Strict):
     total: int
     sparsity: float
     mask: str
-    calibration: Calibration | None = None
+    calibration: CalibrationRecord | None = None
     settings: dict[str, JsonValue] = {}
     versions: dict[str, str]
     created: str
@@ -132,7 +132,7 @@ class Record(_Strict):
         method: Mapping[str, Any],
         sites: Iterable[SiteRecord],
         *,
-        calibration: Calibration | None = None,
+        calibration: CalibrationRecord | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> Record:
         """A record made now. method: its `to_dict()`. settings: whatever else a reader should know, as JSON."""

@@ -43,6 +43,17 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
     return {k: dict(v) if k in owned else v for k, v in state.items()}
 
 
+def show(packed: bool, plans: Sequence[tuple[nn.Module, Any]], changes: Sequence[Change]) -> None:
+    """Make a model packed, with its plans (module and its forward), or dense, without; until now it was the other."""
+    for module, forward in plans:
+        if packed:
+            module.__dict__["forward"] = forward
+        else:
+            del module.__dict__["forward"]
+    for change in changes:
+        change.show(packed)
+
+
 class Judge:
     """Times a packed model against what it was, and leaves the faster of the two."""
 
@@ -80,10 +91,4 @@ class Judge:
         if packed is self._packed:
             return
         self._packed = packed
-        for module, forward in self.plans:
-            if packed:
-                module.__dict__["forward"] = forward
-            else:
-                del module.__dict__["forward"]
-        for change in self.changes:
-            change.show(packed)
+        show(packed, self.plans, self.changes)

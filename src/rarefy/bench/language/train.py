@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rarefy.bench.language.corpus import Corpus
+from rarefy.bench.perplexity import perplexity
 from rarefy.bench.seeds import generator
 
 __all__ = ["Recipe", "held_out_loss", "make_tokenizer", "train"]
@@ -129,9 +131,7 @@ def _fit(model: Any, ids: Tensor, recipe: Recipe, progress: Progress) -> tuple[i
     return step, time.monotonic() - begun
 
 
-@torch.no_grad()
 def held_out_loss(model: Any, ids: Tensor, context: int, windows: int = 400) -> float:
     """Nats per token over the first windows of so many tokens, each judged without what stood before it."""
     whole = ids[: len(ids) // context * context].view(-1, context)[:windows].long()
-    losses = [float(model(input_ids=w, labels=w).loss) * len(w) for w in whole.split(16)]
-    return sum(losses) / len(whole)
+    return fmean(perplexity(model, whole).nll_per_window)
