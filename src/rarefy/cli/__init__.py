@@ -1,8 +1,9 @@
-"""The command line: `rarefy demo | bench | methods | report | prune | eval | speed | unpack | check`.
+"""The command line: `rarefy demo | bench | methods | report | prune | eval | speed | essential | unpack | check`.
 
 compare      demo, bench, methods, report: methods against each other on a task
 prune        prune: a model directory made sparse, without training
 directories  eval, unpack, check: what a model directory is worth, made dense again, proved
+essential    essential: how much can be removed before quality turns, with a plot
 speed        speed: dense against packed on this machine
 
 Tables go to the output stream, or with `--json` one JSON document; progress and problems go to the error stream. A
@@ -24,6 +25,7 @@ except ModuleNotFoundError as missing:
 
 from rarefy.cli.compare import bench, demo, methods, report
 from rarefy.cli.directories import check, evaluate, unpack
+from rarefy.cli.essential import essential
 from rarefy.cli.prune import prune
 from rarefy.cli.speed import speed
 
@@ -36,6 +38,7 @@ _COMMANDS = {
     "prune": prune,
     "eval": evaluate,
     "speed": speed,
+    "essential": essential,
     "unpack": unpack,
     "check": check,
     "report": report,
