@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,8 +38,15 @@ class Journal:
         self.folder = Path(folder)
         said = {"digest": settings} if isinstance(settings, str) else dict(settings)
         self.settings: dict[str, Any] = json.loads(json.dumps(said))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._check_settings()
+        new = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._check_settings()
+        except OSError:  # such as a full disk: nothing of it stays
+            for folder in new:
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
         for leftover in self.folder.glob(".*.partial"):
             leftover.unlink()
         self._files: dict[str, Path] = {}
@@ -91,8 +99,12 @@ class Journal:
         path = self.folder / _SETTINGS
         if not path.exists():
             partial = path.with_name(f".{path.name}.partial")
-            partial.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
-            os.replace(partial, path)
+            try:
+                partial.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+                os.replace(partial, path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
             return
         try:
             there: Any = json.loads(path.read_bytes())

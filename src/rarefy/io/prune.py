@@ -28,6 +28,7 @@ from rarefy.io.calibration import SAMPLES, Bos, Calibration, default_length, win
 from rarefy.io.collect import collect
 from rarefy.io.directory import read_model, write_model
 from rarefy.io.folder import partial_of
+from rarefy.io.full import is_full, said_when_full
 from rarefy.io.journal import Journal
 from rarefy.io.packed import write_packed
 from rarefy.io.pretrained import context_length, read_config, read_tokenizer
@@ -98,13 +99,14 @@ def prune(
         kinds = planned(find_sites(model, only=names), method)
         return told(kinds, parameters, None, None)
     said = {"model": _files_of(source), "method": method.to_dict(), "sites": names, "seed": seed, "dtype": str(dtype)}
-    with _journal(target, method, {**said, "calibration": None if data is None else data.sha256}) as journal:
-        sparsity = sparsify(
-            model, method, data=_batches(data, config), only=names, seed=seed, progress=progress, journal=journal
-        )
-    saw = None if data is None else CalibrationRecord(sha256=data.sha256, settings=data.settings)
-    changes, record = collect(model, sparsity, source, calibration=saw, settings={"seed": seed})
-    _write(source, target, changes, record, packed)
+    with said_when_full(target):
+        with _journal(target, method, {**said, "calibration": None if data is None else data.sha256}) as journal:
+            sparsity = sparsify(
+                model, method, data=_batches(data, config), only=names, seed=seed, progress=progress, journal=journal
+            )
+        saw = None if data is None else CalibrationRecord(sha256=data.sha256, settings=data.settings)
+        changes, record = collect(model, sparsity, source, calibration=saw, settings={"seed": seed})
+        _write(source, target, changes, record, packed)
     nonzero = sum(int(p.ne(0).sum()) for p in model.parameters())
     kinds = by_kind([(s, asked_of(s), sparsity.kept(s)) for s in sparsity.sites])
     return told(kinds, parameters, nonzero, used_of(data))
@@ -214,14 +216,17 @@ def part_of(name: str) -> str:
 
 @contextmanager
 def _journal(out: Path, method: Method, settings: Mapping[str, Any]) -> Iterator[Journal | None]:
-    """For block-wise methods, kept where the run is interrupted; an error leaves nothing behind."""
+    """For block-wise methods, kept where the run is interrupted and where the disk is full, if a block is in it; any
+    other error leaves nothing behind."""
     if method.scope != "blocks":
         yield None
         return
     journal = Journal.of(out, settings)
     try:
         yield journal
-    except Exception:
+    except Exception as error:
+        if is_full(error) and journal.done():
+            raise
         journal.remove()
         with suppress(OSError):  # something else lies there
             partial_of(out).rmdir()
