@@ -71,7 +71,7 @@ def walk(
     gram: torch.dtype | None = None,
     done: Collection[str] = (),
     progress: Progress | None = None,
-    spill_above: int = 2 << 30,
+    spill_above: int = 1 << 27,
     folder: Path | None = None,
 ) -> Iterator[Captured]:
     """Blocks in the order in which they run, with statistics of the inputs that their sites see at that time.
