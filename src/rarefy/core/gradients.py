@@ -15,11 +15,11 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from rarefy.core.flops import call
+from rarefy.core.held import distributed
 from rarefy.core.sites import Site
 from rarefy.core.undisturbed import undisturbed
 
@@ -156,7 +156,7 @@ def _unsynchronised(model: nn.Module) -> Any:
 
 def _refuse_sharded(sites: Sequence[Site]) -> None:
     for site in sites:
-        if isinstance(site.parameter, DTensor):
+        if distributed(site.parameter) is not None:
             raise ValueError(
                 f"{site.name!r} is sharded, and a score that runs the model needs whole weights: choose the masks "
                 "before the model is sharded, or use a score of the weights alone (magnitude, random)."

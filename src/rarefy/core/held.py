@@ -11,13 +11,13 @@ entries and applied to the one set aside; another micro-batch is added to the wh
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from rarefy.core import bits
@@ -26,32 +26,47 @@ from rarefy.core.dense import Dense
 Everywhere = Literal["everywhere"]
 
 
+def distributed(tensor: Tensor) -> Any:
+    """The tensor where it is a distributed one (DTensor), else None.
+
+    Their module takes half a second to import; before somebody has imported it, no tensor is one.
+    """
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    return tensor if module is not None and isinstance(tensor, module.DTensor) else None
+
+
 def local(tensor: Tensor) -> Tensor:
     """The shard of a distributed tensor that lies here; any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    found = distributed(tensor)
+    return tensor if found is None else found.to_local()
 
 
 def full(tensor: Tensor) -> Tensor:
     """The whole of a distributed tensor, gathered; any other tensor itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    found = distributed(tensor)
+    return tensor if found is None else found.full_tensor()
 
 
 def shard(tensor: Tensor, like: Tensor) -> Tensor:
     """The part of a whole `tensor` that lies here, cut as `like` is."""
-    if not isinstance(like, DTensor):
+    found = distributed(like)
+    if found is None:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    placed = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    placed = distribute_tensor(tensor, found.device_mesh, found.placements, src_data_rank=None)
     return placed.to_local()
 
 
 def whole(shard_of: Tensor, like: Tensor) -> Tensor:
     """The inverse of `shard`: gather what lies on every rank into the whole tensor."""
-    if not isinstance(like, DTensor):
+    found = distributed(like)
+    if found is None:
         return shard_of
+    from torch.distributed.tensor import DTensor
+
     placed = DTensor.from_local(
-        shard_of, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        shard_of, found.device_mesh, found.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
     return placed.full_tensor()
 
@@ -166,7 +181,7 @@ class Held:
 
     def _added_to_shard(self, grad: Tensor) -> bool:
         """Sharded gradients pass `_accumulating` by: a single addition in place moves the version by one."""
-        if self._cleared is None or not isinstance(grad, DTensor):
+        if self._cleared is None or distributed(grad) is None:
             return False
         of, version = self._cleared
         return of() is _stored(grad) and _stored(grad)._version == version + 1
@@ -262,4 +277,5 @@ class Held:
 
 def _stored(grad: Tensor) -> Tensor:
     """The tensor whose version moves when a gradient is written to."""
-    return grad._local_tensor if isinstance(grad, DTensor) else grad  # pyright: ignore[reportPrivateUsage]
+    found = distributed(grad)
+    return grad if found is None else found._local_tensor

@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from rarefy.core import bits
-from rarefy.core.held import local
+from rarefy.core.held import distributed, local
 from rarefy.core.sites import Site
 
 if TYPE_CHECKING:
@@ -49,7 +48,8 @@ def compare_at_first_step(s: rarefy.core.sparsity.Sparsity, optimizers: Sequence
 class _Meeting:
     def __init__(self, s: rarefy.core.sparsity.Sparsity) -> None:
         self.sites = s.sites
-        sharded = next((site.parameter for site in s.sites if isinstance(site.parameter, DTensor)), None)
+        found = (distributed(site.parameter) for site in s.sites)
+        sharded = next((parameter for parameter in found if parameter is not None), None)
         ranks = torch.arange(dist.get_world_size()) if sharded is None else sharded.device_mesh.mesh.flatten()
         self.sharded = sharded is not None
         self.others = [int(rank) for rank in ranks if int(rank) != dist.get_rank()]

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rarefy.core.held import uncompiled
 from rarefy.core.sparse import kernels
 from rarefy.core.sparse.structure import Structure
 
@@ -78,7 +77,8 @@ class SparseLinear(nn.Linear):
         """The dense matrix (out, in), without a graph, made anew each time."""
         return dense_like(self.values.detach(), self.structure)
 
-    @uncompiled
+    # As torch.compiler.disable, which would import torch.compile with this module: half a second for every user.
+    @torch._disable_dynamo  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out). Raises TypeError for another dtype or device than that of the values."""
         values = self.values
