@@ -15,7 +15,7 @@ PYTEST  := OMP_NUM_THREADS=1 $(BIN)/pytest
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow sanitize check lint format types bench-overhead bench-fashion bench-digits \
   bench-cpu bench-models bench-training bench-peers bench-prune \
-  train-language bench-language bench-vision clean
+  train-language bench-language bench-vision bench-decode clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -91,6 +91,9 @@ bench-language: $(STAMP)  ## that model pruned by every method, perplexity: resu
 bench-vision: $(STAMP)  ## the pretrained ResNet-20 pruned by every method, accuracy: RAREFY_DATA=/path/to/data
 	$(BIN)/python -m pip install --quiet -c constraints.txt pyarrow pillow
 	OMP_NUM_THREADS=2 $(BIN)/python -m rarefy.bench.vision --json results/pruning-resnet20.json
+
+bench-decode: $(STAMP)  ## decoding of a 1.1 B Llama, dense and packed, beside llama.cpp: results/decode.*
+	RAREFY_PEERS=$(PEERS) OMP_NUM_THREADS=2 $(BIN)/python -m rarefy.bench.decoding $(OUT) --json results/decode.json
 
 clean:  ## remove .venv, caches and build products; results stay
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
