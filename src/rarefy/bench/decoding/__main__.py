@@ -1,9 +1,12 @@
 """`python -m rarefy.bench.decoding MODEL_DIR`: the decode table, and what each of its settings costs in perplexity."""
 
 import json as jsonlib
+import os
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -56,7 +59,7 @@ def table(
     pin(threads)
     plan = Decode(SMALL if quick else Shape(), rounds=rounds, threads=threads)
     found = peers()
-    with warnings.catch_warnings(), steps_bar(steps(plan) + 3 * (bench is not None)) as bar:
+    with warnings.catch_warnings(), _own_cache(), steps_bar(steps(plan) + 3 * (bench is not None)) as bar:
         warnings.simplefilter("ignore")  # of other libraries' OpenMP in this process: peers are here on purpose
 
         def say(text: str) -> None:
@@ -96,6 +99,21 @@ def _costs(bench: Bench, say: Callable[[str], object]) -> dict[str, tuple[float,
         for values, each in costs(bench, sparsity).items():
             found[f"{values} {sparsity}"] = (each.value, each.low, each.high)
     return found
+
+
+@contextmanager
+def _own_cache() -> Iterator[None]:
+    """What pack has measured before, perhaps on a busy machine, decides nothing here."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["XDG_CACHE_HOME"]
+            else:
+                os.environ["XDG_CACHE_HOME"] = before
 
 
 def _parameters(s: Shape) -> int:

@@ -4,6 +4,7 @@ All Linears of the blocks run packed, whatever is fastest: int8 then means int8 
 and activations per token.
 """
 
+import copy
 from pathlib import Path
 
 import torch
@@ -31,16 +32,17 @@ def judged_bench(folder: Path, corpus: Corpus, *, threads: int, quick: bool = Fa
 
 def costs(bench: Bench, sparsity: float) -> dict[str, Perplexity]:
     """Perplexity by dtype of values, at a sparsity; 0: of the dense model."""
+    model = read_model(bench.folder).eval()
+    names = chosen_sites(model)
+    masks: dict[str, torch.Tensor] = {}
+    if sparsity:
+        masks = dict(sparsify(model, SparseGPT(sparsity), data=bench.calibration(0), only=names).masks)
+    model.to(torch.bfloat16)
     found: dict[str, Perplexity] = {}
     for values in ("bf16", "int8"):
-        model = read_model(bench.folder).eval()
-        masks: dict[str, torch.Tensor] = {}
-        if sparsity:
-            pruned = sparsify(model, SparseGPT(sparsity), data=bench.calibration(0), only=chosen_sites(model))
-            masks = dict(pruned.masks)
-        model.to(torch.bfloat16)
-        pack_all(model, chosen_sites(model), masks, values)
-        found[values] = perplexity(model, bench.judged, batch=16)
+        twin = copy.deepcopy(model)
+        pack_all(twin, names, masks, values)
+        found[values] = perplexity(twin, bench.judged, batch=16)
     return found
 
 
