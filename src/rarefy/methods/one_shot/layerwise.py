@@ -5,7 +5,7 @@ those that choose units by a budget, `Stage` of those that go on from another me
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, cast
 
@@ -195,14 +195,17 @@ class _Run:
         if self.s.progress is not None:
             self.s.progress(done, of, name)
 
-    def _solve_block(self, statistics: Mapping[Site, list[Any]], originals: Originals) -> None:
-        """Sites that read the same inputs follow one another, so that what they share is made once and then let go."""
+    def _solve_block(self, statistics: dict[Site, list[Any]], originals: Originals) -> None:
+        """Sites that read the same inputs follow one another, so that what they share is made once and then let go.
+
+        Takes the statistics out: those of solved sites are freed.
+        """
         order = {id(found): i for i, found in enumerate(each for its in statistics.values() for each in its[:1])}
         shared: dict[int, dict[str, Any]] = {}
         for site in sorted(statistics, key=lambda site: [order[id(x)] for x in statistics[site][:1]]):
+            its = statistics.pop(site)
             if site in self.done:
                 continue
-            its = statistics[site]
             shared = {id(x): shared.get(id(x), {}) for x in its}
             self._solve_site(site, its, shared, originals)
 
