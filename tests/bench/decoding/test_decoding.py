@@ -95,6 +95,7 @@ def test_the_table():
     cost = {"bf16 0.0": (8.0, 7.5, 8.5), "bf16 0.5": (10.0, 9.0, 11.0), "bf16 0.7": (16.0, None, None)}
     rows = decode_grid(made, {"BF16": 0.045}, cost).rows
     assert len(rows) == 9
+    assert decode_grid(made, {}, cost).note.endswith("Without zeros: 8.00 in bf16.")
     assert rows[0] == (
         "bf16", "50 %", "generate, end to end", "200", "100", "50", "4.00 [1.00, 9.00]", "45 BF16",
         "10.00 [9.00, 11.00] (+25.0 %)",

@@ -68,7 +68,7 @@ def table(
 
         settings, llama, reasons = measure_all(plan, found, say)
         cost = {} if bench is None else _costs(bench, say)
-    grid = decode_grid(settings, llama, cost)
+    grid = decode_grid(settings, llama, cost, "A small Llama" if quick else "Llama 1.1 B")
     where = environment(threads=threads, flush_denormal=False)
     versions = ", ".join(f"{name} {version}" for name, version in found.versions.items() if "llama" in name)
     footer = (

@@ -17,13 +17,16 @@ _NOTE = (
     "our dense kernel: what pack makes of the model without zeros, in those values. × torch: of the row, with the 95 % "
     "interval where it was paired. inside: the packed layers alone, called on the inputs that they have in the model; "
     "transformers' own: the difference, attention, norms, the cache, Python, and the head where it is not packed. "
-    "llama.cpp: a whole step with its own graph, all weights of that type. Perplexity: of the trained small model, "
+    "llama.cpp: a whole step with its own graph, all weights of that type, measured first. "
+    "Perplexity: of the trained small model, "
     "pruned by SparseGPT, all of its blocks' layers packed in those values; in brackets the change against bf16 dense. "
     "It tells what a setting costs that model; it is no measure of a model of the size that is timed."
 )
 
 
-def decode_grid(settings: Sequence[Setting], llama: Mapping[str, float], cost: Cost) -> Grid:
+def decode_grid(
+    settings: Sequence[Setting], llama: Mapping[str, float], cost: Cost, model: str = "Llama 1.1 B"
+) -> Grid:
     """Three rows for each setting with zeros."""
     own = {each.values: each for each in settings if not each.sparsity}
     dense = cost.get("bf16 0.0")
@@ -32,7 +35,9 @@ def decode_grid(settings: Sequence[Setting], llama: Mapping[str, float], cost: C
         if each.sparsity:
             rows += _rows(each, own.get(each.values), llama, _costs(each, cost, dense))
     columns = ("values", "zeros", "ms per token", "torch dense", "our dense kernel", "packed", "× torch", "llama.cpp")
-    return Grid("Llama 1.1 B, decoding", (*columns, "perplexity"), tuple(rows), left=3, note=_NOTE)
+    dense_costs = [f"{cost[key][0]:.2f} in {key[:-4]}" for key in ("bf16 0.0", "int8 0.0") if key in cost]
+    note = _NOTE + (f" Without zeros: {', '.join(dense_costs)}." if dense_costs else "")
+    return Grid(f"{model}, decoding", (*columns, "perplexity"), tuple(rows), left=3, note=note)
 
 
 def _rows(each: Setting, own: Setting | None, llama: Mapping[str, float], cost: str) -> list[tuple[str, ...]]:
