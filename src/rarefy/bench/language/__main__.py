@@ -66,7 +66,7 @@ def table(
     torch.set_num_threads(threads)
     settings = Settings(length=length, seeds=seeds, threads=threads)
     if quick:
-        settings = Settings(length=length, seeds=1, threads=threads, samples=16, windows=50, characters=2_000_000)
+        settings = Settings(length=length, seeds=1, threads=threads, samples=8, windows=32, characters=2_000_000)
     error = Console(stderr=True)
     corpus = standard_library()
     try:

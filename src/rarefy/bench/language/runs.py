@@ -38,8 +38,8 @@ class Settings:
     text at most, None for all of it."""
 
     length: int = 256
-    samples: int = 32
-    windows: int = 100
+    samples: int = 16
+    windows: int = 64
     seeds: int = 3
     characters: int | None = None
     threads: int = 2
