@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
 import re
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
 import torch
 
+from rarefy.bench.files import write_whole
 from rarefy.bench.seeds import generator
 
 __all__ = ["PACKAGES", "Sentences", "clean", "held_out", "installed", "read", "sentences_of"]
@@ -48,6 +50,15 @@ class Sentences:
     train: tuple[str, ...]
     corpus: tuple[str, ...]
     queries: tuple[str, ...]
+
+    def save(self, path: Path) -> None:
+        """Write all of it, as JSON."""
+        write_whole(path, json.dumps(asdict(self), ensure_ascii=False, indent=0).encode())
+
+    @classmethod
+    def load(cls, path: Path) -> Sentences:
+        """What `save` wrote."""
+        return cls(**{part: tuple(texts) for part, texts in json.loads(path.read_bytes()).items()})
 
     def digest(self) -> str:
         """sha256 of all three."""

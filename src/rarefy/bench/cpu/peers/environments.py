@@ -23,6 +23,7 @@ _DEFAULT = Path(".peers")
 
 TOOLS = ("setuptools==80.9.0", "wheel==0.48.0", "pybind11==2.13.6", "numpy==2.4.6", "scipy==1.17.1")
 ONNX = ("onnxruntime==1.31.1", "onnx==1.23.2")
+OPENVINO = ("openvino==2026.4.1",)
 LLAMA = ("llama-cpp-python==0.3.36", "gguf==0.19.0")
 SPARSEPROP = ("sparseprop==0.1.14",)
 DEEPSPARSE = ("deepsparse==1.8.0", "numpy==1.26.4", "onnx==1.14.1", "protobuf==7.36.2")
@@ -47,6 +48,7 @@ def steps() -> list[Step]:
     return [
         Step("overlay", TOOLS),
         Step("overlay", ONNX),
+        Step("overlay", OPENVINO, ("--no-deps",)),  # beside numpy it names a package that counts its users
         # Its build looks for pybind11 in the python on the path and does not say so: no isolated build.
         Step("overlay", SPARSEPROP, ("--no-build-isolation", "--no-deps")),
         Step("overlay", LLAMA),
@@ -112,7 +114,7 @@ def peers() -> Peers:
     overlay = _site(where / "overlay")
     if overlay is not None and str(overlay) not in sys.path:
         sys.path.append(str(overlay))
-    for package in ("onnxruntime", "onnx", "sparseprop", "llama-cpp-python", "gguf"):
+    for package in ("onnxruntime", "onnx", "openvino", "sparseprop", "llama-cpp-python", "gguf"):
         _look(package, sys.path, versions, missing)
     own = _site(where / "deepsparse")
     _look("deepsparse", [] if own is None else [str(own)], versions, missing)

@@ -1,0 +1,93 @@
+"""The encoder pruned without training, by every method at every sparsity, and what that does to its embeddings."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from rarefy.bench.sentences.documents import OneShot
+from rarefy.bench.sentences.encoder import Encoder
+from rarefy.bench.sentences.judge import Judge
+from rarefy.core.method import Method
+from rarefy.core.sparsify import sparsify
+from rarefy.io.prune import chosen_sites
+from rarefy.methods import ALPS, Magnitude, Random, SparseGPT, Wanda
+
+__all__ = ["METHODS", "PATTERNS", "Case", "cases", "execute", "method_of", "pruned"]
+
+PATTERNS = ("50 %", "70 %", "80 %", "2:4")
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "Random": Random,
+    "Magnitude": Magnitude,
+    "Wanda": Wanda,
+    "SparseGPT": SparseGPT,
+    "ALPS": ALPS,
+}
+"""Random is the control: as many zeros, anywhere."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method and how much it prunes: "50 %" (unstructured) or n:m, n kept."""
+
+    method: str
+    pattern: str
+
+
+def cases(patterns: tuple[str, ...] = PATTERNS) -> Iterator[Case]:
+    """All of them."""
+    for pattern in patterns:
+        yield from (Case(method, pattern) for method in METHODS)
+
+
+def method_of(case: Case) -> Method:
+    """The method of a case; every layer is pruned alike.
+
+    >>> method_of(Case("Wanda", "2:4")).sparsity is None
+    True
+    """
+    named: dict[str, Any] = {"sparsity": share_of(case.pattern), "allocation": "uniform"}
+    if ":" in case.pattern:
+        named["pattern"] = case.pattern
+        named["sparsity"] = None
+    return METHODS[case.method](**named)
+
+
+def share_of(pattern: str) -> float:
+    """The share of zeros.
+
+    >>> share_of("80 %"), share_of("2:4")
+    (0.8, 0.5)
+    """
+    if ":" in pattern:
+        kept, of = map(int, pattern.split(":"))
+        return 1 - kept / of
+    return float(pattern.removesuffix(" %")) / 100
+
+
+def pruned(encoder: Encoder, case: Case, data: list[dict[str, Tensor]]) -> tuple[Encoder, int, int]:
+    """A pruned copy, weights kept and weights there were in what was pruned."""
+    made = copy.deepcopy(encoder)
+    method = method_of(case)
+    given = data if "data" in method.needs else None
+    handle = sparsify(made.model, method, data=given, only=chosen_sites(made.model))
+    kept, total = sum(handle.kept(site) for site in handle.sites), sum(site.numel for site in handle.sites)
+    handle.end()
+    return made, kept, total
+
+
+def execute(encoder: Encoder, case: Case, data: list[dict[str, Tensor]], judges: Mapping[str, Judge]) -> OneShot:
+    """Prune a copy and judge it."""
+    begun = time.perf_counter()
+    made, kept, total = pruned(encoder, case, data)
+    seconds = round(time.perf_counter() - begun, 2)
+    quality = {name: judge(made) for name, judge in judges.items()}
+    return OneShot(
+        method=case.method, pattern=case.pattern, kept=kept, total=total, seconds=seconds, quality=quality
+    )  # fmt: skip
