@@ -1,8 +1,8 @@
 """Sentences that every machine has: docstrings and comments of the standard library and of packages installed here.
 
-Files are read, never imported. Whole modules (`torch.nn.modules`, `email`) are held out, chosen by a hash of their names, so
-that no sentence of theirs is trained on; a sentence that stands in both parts belongs to training alone. The text
-depends on the versions of Python and of the packages; a digest tells which text it was.
+Files are read, never imported. Whole modules (`torch.nn.modules`, `email`) are held out, chosen by a hash of their
+names, so that no sentence of theirs is trained on; a sentence that stands in both parts belongs to training alone. The
+text depends on the versions of Python and of the packages; a digest tells which text it was.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def read(folders: Mapping[str, Path] | None = None, corpus: int = 5000, queries:
     judged = [sentence for key, sentence in parts[True].items() if key not in parts[False]]
     if len(judged) < corpus + queries or not train:
         raise ValueError(
-            f"the sources here hold {len(judged)} held-out sentences and {len(train)} to train on; {corpus} + {queries} "
-            "held-out ones are asked for: install torch, scipy, scikit-learn and transformers with their .py files"
+            f"the sources here hold {len(judged)} held-out sentences and {len(train)} to train on; {corpus} + "
+            f"{queries} held-out ones are asked for: install torch, scipy, scikit-learn and transformers with their .py files"
         )
     train, judged = _shuffled(train, seed), _shuffled(judged, seed)
     return Sentences(tuple(train), tuple(judged[:corpus]), tuple(judged[corpus : corpus + queries]))

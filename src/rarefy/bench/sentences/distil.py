@@ -1,8 +1,8 @@
 """Distilling: a pruned copy of the encoder learns, with exact zeros, to give the dense one's states and embeddings.
 
-The copy is pruned by SparseGPT several times during the first part of the training, along a cubic schedule (Zhu & Gupta,
-2017, arXiv:1710.01878) from the share of zeros that it has to the one asked for; in between and afterwards the zeros are
-held by the handle. The loss, on text without labels, is
+The copy is pruned by SparseGPT several times during the first part of the training, along a cubic schedule (Zhu &
+Gupta, 2017, arXiv:1710.01878) from the share of zeros that it has to the one asked for; in between and afterwards the
+zeros are held by the handle. The loss, on text without labels, is
 
     L = mean(1 − cos(s, t)) + a · mean over layers of ‖H_s − H_t‖² / ‖H_t‖² + b · KL(softmax(T Tᵀ/τ) ‖ softmax(S Sᵀ/τ))
 
@@ -106,7 +106,11 @@ def distil(
         if passed >= 1 and pruned == recipe.prunings:
             break
         for group in optimizer.param_groups:
-            group["lr"] = recipe.rate * min(1.0, (passed + 1e-3) / 0.02) * max(0.0, 0.5 + 0.5 * math.cos(math.pi * min(passed, 1)))
+            group["lr"] = (
+                recipe.rate
+                * min(1.0, (passed + 1e-3) / 0.02)
+                * max(0.0, 0.5 + 0.5 * math.cos(math.pi * min(passed, 1)))
+            )
         loss = loss_of(teacher, student, next(source), recipe)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -31,8 +31,7 @@ class OneShot(_Model):
 
 
 class Distilled(_Model):
-    """An encoder that was distilled. kept, total: of the pruned weights. before: what SparseGPT alone makes of the dense
-    model at this sparsity. training: recipe, steps, seconds."""
+    """An encoder that was distilled. kept, total: of the pruned weights. training: recipe, steps, seconds."""
 
     name: str
     kept: int
@@ -85,8 +84,8 @@ class Document(_Model):
 
 
 def read_document(path: Path, fresh: Document) -> Document:
-    """What an earlier part of the same benchmark wrote to `path`, brought up to date; `fresh` where there is none, or one
-    of other text or other code."""
+    """What an earlier part of the same benchmark wrote to `path`, brought up to date; `fresh` where there is none, or
+    one of other text or another machine."""
     try:
         found = Document.model_validate_json(path.read_bytes())
     except (FileNotFoundError, ValidationError):

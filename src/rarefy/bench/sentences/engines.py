@@ -97,14 +97,14 @@ def _packed(model: Model, dtype: str, place: Place) -> Offer | str:
 
 
 def export(encoder: Encoder, inputs: Inputs, path: Path) -> str:
-    """The encoder as an ONNX file for any number of sentences and tokens, by torch's exporter without other packages."""
+    """The encoder as an ONNX file for any number of sentences and tokens; needs the package onnx."""
     free = {0: "sentences", 1: "tokens"}
     with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
         warnings.simplefilter("ignore")  # of being the older of torch's two exporters, and of shapes it takes for fixed
         torch.onnx.export(
             encoder, tuple(t.clone() for t in inputs.values()), str(path), dynamo=False, opset_version=14,
             input_names=list(inputs), output_names=["y"],
-            dynamic_axes={**{name: free for name in inputs}, "y": {0: "sentences"}},
+            dynamic_axes={**dict.fromkeys(inputs, free), "y": {0: "sentences"}},
         )  # fmt: skip
     return str(path)
 

@@ -44,7 +44,9 @@ class Judge:
         by_query = recall(found, self.dense, self.queries)
         cosines = torch.nn.functional.cosine_similarity(found, self.dense)
         half = interval(by_query.tolist()).half or 0.0
-        return Quality(recall=round(float(by_query.mean()), 5), half=round(half, 5), cosine=round(float(cosines.mean()), 5))
+        return Quality(
+            recall=round(float(by_query.mean()), 5), half=round(half, 5), cosine=round(float(cosines.mean()), 5)
+        )
 
 
 def make_judge(encoder: Callable[..., Any], tokens: Sequence[Sequence[int]], queries: int) -> Judge:
@@ -61,6 +63,7 @@ def recall(found: Tensor, dense: Tensor, queries: int, nearest: int = NEAREST) -
     >>> recall(torch.eye(4)[[1, 0, 2, 0]], dense, queries=1, nearest=1)
     tensor([0.])
     """
+
     def top(embedded: Tensor) -> Tensor:
         return (embedded[-queries:] @ embedded[:-queries].T).topk(nearest).indices
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 
 from rarefy.bench.sentences.documents import Document, Engine
@@ -11,6 +11,8 @@ from rarefy.bench.sentences.engines import DENSE
 from rarefy.bench.sentences.table import shapes_of
 
 __all__ = ["svg"]
+
+Place = Callable[[float, float], tuple[float, float]]
 
 WIDE, HIGH, LEFT, TOP, GAP = 430, 300, 60, 40, 50
 _STYLE = "text{font:11px system-ui,sans-serif;fill:#222}.t{font-weight:600;font-size:12px}.a{fill:#666}"
@@ -40,7 +42,11 @@ def svg(document: Document) -> str:
 
 
 def _panel(shape: str, shown: Sequence[Engine], colours: dict[str, str]) -> Iterator[str]:
-    points = [(each, each.times[shape].median / 1000, each.quality.recall) for each in shown if shape in each.times and each.quality]
+    points = [
+        (each, each.times[shape].median / 1000, each.quality.recall)
+        for each in shown
+        if shape in each.times and each.quality
+    ]
     batch, tokens = shape.split("×")
     yield f'<text class="t" x="0" y="-14">batch {batch}, {tokens} tokens</text>'
     low, high = (math.log10(f(ms for _, ms, _ in points)) for f in (min, max))
@@ -57,21 +63,23 @@ def _panel(shape: str, shown: Sequence[Engine], colours: dict[str, str]) -> Iter
         filled = colour if each.model != DENSE else "#fff"
         yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{filled}" stroke="{colour}" stroke-width="2"/>'
         turn = -35 if recall > 0.97 else 0
-        yield f'<text x="{x + 7:.1f}" y="{y + 3:.1f}" transform="rotate({turn} {x:.1f} {y:.1f})">{escape(each.engine)}</text>'
+        turned = f"rotate({turn} {x:.1f} {y:.1f})"
+        yield f'<text x="{x + 7:.1f}" y="{y + 3:.1f}" transform="{turned}">{escape(each.engine)}</text>'
 
 
-def _axes(place: object, low: float, high: float, floor: float) -> Iterator[str]:
-    assert callable(place)
+def _axes(place: Place, low: float, high: float, floor: float) -> Iterator[str]:
     yield f'<path d="M0 0V{HIGH}H{WIDE}" fill="none" stroke="#888"/>'
     for tenth in range(11):
         if tenth / 10 >= floor:
             _, y = place(10**low, tenth / 10)
-            yield f'<path d="M0 {y:.1f}H{WIDE}" stroke="#e5e5e5"/><text class="a" x="-26" y="{y + 4:.1f}">{tenth / 10:.1f}</text>'
+            yield f'<path d="M0 {y:.1f}H{WIDE}" stroke="#e5e5e5"/>'
+            yield f'<text class="a" x="-26" y="{y + 4:.1f}">{tenth / 10:.1f}</text>'
     for power in range(-3, 5):
         for digit in (1, 2, 5):
             ms = digit * 10.0**power
             if low <= math.log10(ms) <= high:
                 x, _ = place(ms, floor)
-                yield f'<path d="M{x:.1f} {HIGH}v4" stroke="#888"/><text class="a" x="{x - 8:.1f}" y="{HIGH + 16}">{ms:g}</text>'
+                yield f'<path d="M{x:.1f} {HIGH}v4" stroke="#888"/>'
+                yield f'<text class="a" x="{x - 8:.1f}" y="{HIGH + 16}">{ms:g}</text>'
     yield f'<text class="a" x="{WIDE / 2 - 60}" y="{HIGH + 32}">milliseconds a call (log scale)</text>'
     yield f'<text class="a" transform="translate(-40 {HIGH / 2 + 30}) rotate(-90)">recall@10</text>'

@@ -16,7 +16,7 @@ def grids(document: Document) -> list[Grid]:
 
 
 def shapes_of(document: Document) -> list[str]:
-    """"batch×tokens" that were timed, small ones first."""
+    """ "batch×tokens" that were timed, small ones first."""
     found = {shape for each in document.engines for shape in each.times}
     return sorted(found, key=lambda shape: [int(n) for n in reversed(shape.split("×"))])
 
@@ -64,7 +64,9 @@ def _distilled(document: Document) -> Grid:
         cost = (f"{said['seconds'] / 60:.0f}", f"{said['steps']:,}")
         rows.append((each.name, zeros, *_by_text(each.quality, texts), *cost))
     columns = ("model", "zeros", *(f"{what}, {text}" for text in texts for what in ("recall@10", "cosine")))
-    note = "Zeros: of the encoder's Linears; embeddings, norms and biases are dense. Each goes on from the one above it."
+    note = (
+        "Zeros: of the encoder's Linears; embeddings, norms and biases are dense. Each goes on from the one above it."
+    )
     return Grid("Distilled", (*columns, "minutes", "steps"), tuple(rows), note=note)
 
 
@@ -77,9 +79,14 @@ def _one_shot(document: Document) -> Grid:
     rows = []
     for method in dict.fromkeys(each.method for each in document.one_shot):
         its = {each.pattern: each for each in document.one_shot if each.method == method}
-        cells = (f"{_first(its[p].quality).recall:.3f} / {_first(its[p].quality).cosine:.4f}" if p in its else "–" for p in patterns)
+        cells = (
+            f"{_first(its[p].quality).recall:.3f} / {_first(its[p].quality).cosine:.4f}" if p in its else "–"
+            for p in patterns
+        )
         rows.append((method, *cells, digits(max(each.seconds for each in its.values()))))
-    note = "Recall@10 / mean cosine of embeddings with the dense model's, on held-out docstrings. Random is the control."
+    note = (
+        "Recall@10 / mean cosine of embeddings with the dense model's, on held-out docstrings. Random is the control."
+    )
     return Grid("In one shot, without training", ("method", *patterns, "s"), tuple(rows), note=note)
 
 
@@ -91,7 +98,7 @@ def sentences(document: Document) -> list[str]:
     """What was lost, and which settings beat the others' best at each shape."""
     text = next(iter(document.texts), "")
     said = [
-        f"{each.name}: {100 * (1 - each.quality[text].recall):.1f} % of the ten sentences that the dense model retrieves "
+        f"{each.name}: of the ten sentences that the dense model retrieves, {100 * (1 - each.quality[text].recall):.1f} % "
         f"are others; the mean cosine of an embedding with the dense one is {each.quality[text].cosine:.4f}."
         for each in document.distilled
     ]
