@@ -211,12 +211,13 @@ def _write(document: Document, path: Path) -> None:
     """The document, and beside it tables and picture."""
     said = "\n".join(f"- {sentence}" for sentence in tables.sentences(document))
     picture = path.with_suffix(".svg")
-    shown = f"![Recall against latency]({picture.name})\n\n" if tables.shapes_of(document) else ""
+    drawn = any(each.times and each.quality for each in document.engines)
+    shown = f"![Recall against latency]({picture.name})\n\n" if drawn else ""
     body = f"{shown}{markdown(tables.grids(document))}\n{said}\n"
     text = f"# A sentence encoder made sparse\n\n{_footer(document)}\n\n{body}"
     document.write(path)
     write_whole(path.with_suffix(".md"), text.encode())
-    if tables.shapes_of(document):
+    if drawn:
         write_whole(picture, svg(document).encode())
 
 

@@ -93,7 +93,7 @@ def read(folders: Mapping[str, Path] | None = None, corpus: int = 5000, queries:
     if len(judged) < corpus + queries or not train:
         raise ValueError(
             f"the sources here hold {len(judged)} held-out sentences and {len(train)} to train on; {corpus} + "
-            f"{queries} held-out ones are asked for: install torch, scipy, scikit-learn and transformers with their .py files"
+            f"{queries} held-out ones are asked for: install {', '.join(PACKAGES)} with their .py files"
         )
     train, judged = _shuffled(train, seed), _shuffled(judged, seed)
     return Sentences(tuple(train), tuple(judged[:corpus]), tuple(judged[corpus : corpus + queries]))

@@ -21,8 +21,8 @@ _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 
 def svg(document: Document) -> str:
     """The picture: milliseconds on a logarithmic axis, recall@10 upwards, the better the further up and left."""
-    shapes = shapes_of(document)
     shown = [each for each in document.engines if each.quality is not None and each.times]
+    shapes = [shape for shape in shapes_of(document) if any(shape in each.times for each in shown)]
     colours = {m: _COLOURS[i % len(_COLOURS)] for i, m in enumerate(dict.fromkeys(each.model for each in shown))}
     across = min(2, max(1, len(shapes)))
     rows = -(-len(shapes) // across)

@@ -98,8 +98,8 @@ def sentences(document: Document) -> list[str]:
     """What was lost, and which settings beat the others' best at each shape."""
     text = next(iter(document.texts), "")
     said = [
-        f"{each.name}: of the ten sentences that the dense model retrieves, {100 * (1 - each.quality[text].recall):.1f} % "
-        f"are others; the mean cosine of an embedding with the dense one is {each.quality[text].cosine:.4f}."
+        f"{each.name}: of the ten sentences that the dense model retrieves "
+        f"{100 * (1 - each.quality[text].recall):.1f} % are others; the mean cosine of an embedding with the dense one is {each.quality[text].cosine:.4f}."
         for each in document.distilled
     ]
     return [*said, *(_fastest(document, shape) for shape in shapes_of(document))]
