@@ -24,7 +24,7 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("sentences")
     folder = save_bert(root / "model")
     texts = Sentences(tuple(sentences(200)), tuple(sentences(60, 1)), tuple(sentences(10, 2)))
-    recipe = Recipe(minutes=0.005, batch=16, samples=32, prunings=1)
+    recipe = Recipe(minutes=0.0, batch=16, samples=32, prunings=1)
     train(folder, lambda: texts, root / "out", (0.8,), recipe, lambda *args: None)
     return root
 

@@ -50,9 +50,9 @@ def test_what_cannot_be_parsed_has_none():
 @pytest.fixture
 def library(tmp_path):
     """Modules of which some are held out, one sentence of which stands in all."""
-    for index in range(60):
-        words = " ".join(f"{c}ing" for c in "abcdefgh"[: 1 + index % 8]) + " " + "very " * (index // 8)
-        own = f"It says {words}and more than that in a module."
+    for index in range(120):
+        words = " ".join("abcdefgh"[: 1 + index % 8]) + " " + "very " * (index // 8)
+        own = f"It says {words}and more than that in a module of its own."
         (tmp_path / f"m{index}.py").write_text(
             f'"""{own}\n\nThis very sentence stands in each of all the modules."""\n'
         )
@@ -61,13 +61,13 @@ def library(tmp_path):
 
 def test_whole_modules_are_held_out(library):
     found = read({"": library}, corpus=2, queries=1)
-    judged = [f"m{i}" for i in range(60) if held_out(f"m{i}")]
-    assert 3 <= len(judged) < 20
+    judged = [f"m{i}" for i in range(120) if held_out(f"m{i}")]
+    assert 3 <= len(judged) < 30
     assert len(found.corpus) == 2
     assert len(found.queries) == 1
     assert not set(found.train) & {*found.corpus, *found.queries}
     assert "This very sentence stands in each of all the modules." in found.train
-    assert len(found.train) == 60 - len(judged) + 1
+    assert len(found.train) == 120 - len(judged) + 1
 
 
 def test_the_text_is_the_same_again_and_told_by_its_digest(library, tmp_path):

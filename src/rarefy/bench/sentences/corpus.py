@@ -143,7 +143,8 @@ def _key(sentence: str) -> str:
 
 
 def _paragraphs(lines: Sequence[str]) -> Iterator[str]:
-    """Lines of one indentation that follow one another, joined."""
+    """Lines of one indentation that follow one another, joined; fields such as `:param x: …` are left out."""
+    lines = ["" if line.lstrip().startswith((":", "@")) else line for line in lines]
     for indent, group in groupby(lines, key=lambda line: len(line) - len(line.lstrip()) if line.strip() else -1):
         if indent >= 0:
             yield " ".join(line.strip() for line in group).removeprefix("- ")

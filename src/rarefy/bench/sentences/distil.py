@@ -43,20 +43,21 @@ class Recipe:
     """sparsity: at the end; initial: the first pruning goes beyond this. minutes: of all, pruning included.
 
     prunings: how many, evenly over the first `pruning` of the time. hidden, alike: a and b of the loss, temperature: τ.
-    samples: sentences to calibrate SparseGPT with.
+    samples: sentences to calibrate SparseGPT with. steps: how many, whatever the clock says.
     """
 
     sparsity: float = 0.8
     initial: float = 0.0
     minutes: float = 22.0
-    prunings: int = 6
+    steps: int | None = None
+    prunings: int = 5
     pruning: float = 0.4
-    batch: int = 64
+    batch: int = 32
     rate: float = 5e-4
     hidden: float = 1.0
     alike: float = 1.0
     temperature: float = 0.05
-    samples: int = 512
+    samples: int = 384
     seed: int = 0
 
 
@@ -89,40 +90,49 @@ def distil(
     teacher: nn.Module, student: nn.Module, tokens: Sequence[Sequence[int]], recipe: Recipe, progress: Progress
 ) -> Run:
     """Train `student` (a BERT, changed in place) towards `teacher` on the tokens of sentences, in their order."""
-    names = chosen_sites(student)
-    data = calibration(tokens, recipe.samples)
+    names, data = chosen_sites(student), calibration(tokens, recipe.samples)
     student.requires_grad_(False)
     trained = _trained(student)
     optimizer = torch.optim.AdamW(trained, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0)
-    begun, limit = time.monotonic(), 60 * recipe.minutes
-    sparsity: Sparsity | None = None
-    pruned, passed, losses = 0, 0.0, []
-    source = _batches(tokens, recipe)
+    begun = time.monotonic()
+    sparsity = _pruned(student, None, share_at(recipe, 0), names, data, optimizer)
+    pruned, losses, source = 1, [], _batches(tokens, recipe)
     for step in itertools.count():
-        while pruned < recipe.prunings and (sparsity is None or passed >= recipe.pruning * pruned / recipe.prunings):
+        passed = _passed(recipe, step, begun)
+        if pruned < recipe.prunings and passed >= recipe.pruning * pruned / recipe.prunings:
             sparsity = _pruned(student, sparsity, share_at(recipe, pruned), names, data, optimizer)
             pruned += 1
-        passed = (time.monotonic() - begun) / limit
-        if passed >= 1 and pruned == recipe.prunings:
+        elif passed >= 1:
             break
         for group in optimizer.param_groups:
-            group["lr"] = (
-                recipe.rate
-                * min(1.0, (passed + 1e-3) / 0.02)
-                * max(0.0, 0.5 + 0.5 * math.cos(math.pi * min(passed, 1)))
-            )
-        loss = loss_of(teacher, student, next(source), recipe)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-        progress(int(1000 * min(passed, 1)), 1000, f"step {step}, loss {losses[-1]:.3f}")
-    assert sparsity is not None
+            group["lr"] = recipe.rate * _warm(passed)
+        losses.append(_step(teacher, student, next(source), recipe, optimizer))
+        progress(int(1000 * min(passed, 1)), 1000, f"{recipe.sparsity:.0%}, step {step}, loss {losses[-1]:.3f}")
     sparsity.end()
     student.requires_grad_(False)
     last = losses[-max(1, len(losses) // 10) :]
-    return Run(sparsity, step, time.monotonic() - begun, sum(last) / max(1, len(last)))
+    return Run(sparsity, len(losses), time.monotonic() - begun, sum(last) / max(1, len(last)))
+
+
+def _passed(recipe: Recipe, step: int, begun: float) -> float:
+    """The share of the training that is over, by steps where they are given, else by the clock."""
+    if recipe.steps is not None:
+        return step / max(1, recipe.steps) if recipe.steps else 1.0
+    return (time.monotonic() - begun) / max(60 * recipe.minutes, 1e-9)
+
+
+def _warm(passed: float) -> float:
+    """The learning rate as a share of its peak: a warm-up over 3 % of the time, then a cosine to 0."""
+    return min(1.0, (passed + 2e-3) / 0.03) * (0.5 + 0.5 * math.cos(math.pi * min(passed, 1.0)))
+
+
+def _step(teacher: Any, student: Any, inputs: dict[str, Tensor], recipe: Recipe, optimizer: Any) -> float:
+    loss = loss_of(teacher, student, inputs, recipe)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+    return loss.item()
 
 
 def _trained(student: Any) -> list[nn.Parameter]:

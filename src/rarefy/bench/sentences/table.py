@@ -99,7 +99,8 @@ def sentences(document: Document) -> list[str]:
     text = next(iter(document.texts), "")
     said = [
         f"{each.name}: of the ten sentences that the dense model retrieves "
-        f"{100 * (1 - each.quality[text].recall):.1f} % are others; the mean cosine of an embedding with the dense one is {each.quality[text].cosine:.4f}."
+        f"{100 * (1 - each.quality[text].recall):.1f} % are others; the mean cosine of an embedding with "
+        f"the dense one is {each.quality[text].cosine:.4f}."
         for each in document.distilled
     ]
     return [*said, *(_fastest(document, shape) for shape in shapes_of(document))]
