@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rarefy.bench.seeds import generator
 from rarefy.bench.sentences.encoder import batches, padded, pool
@@ -170,7 +171,8 @@ def _batches(tokens: Sequence[Sequence[int]], recipe: Recipe) -> Iterator[dict[s
 def loss_of(teacher: nn.Module, student: nn.Module, inputs: dict[str, Tensor], recipe: Recipe) -> Tensor:
     """L of a batch; matrices in bfloat16."""
     mask = inputs["attention_mask"]
-    with torch.autocast("cpu", torch.bfloat16):
+    # At so few tokens attention in single products takes a small part of what the fused one takes, backward above all.
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         with torch.no_grad():
             wanted = teacher(**inputs, output_hidden_states=True).hidden_states
         found = student(**inputs, output_hidden_states=True).hidden_states
