@@ -20,14 +20,14 @@ class _Model(BaseModel):
 
 
 class OneShot(_Model):
-    """An encoder pruned without training. seconds: of pruning. quality: by the text that it was judged on."""
+    """An encoder pruned without training. seconds: of pruning."""
 
     method: str
     pattern: str
     kept: int
     total: int
     seconds: float
-    quality: dict[str, Quality]
+    quality: Quality
 
 
 class Distilled(_Model):
@@ -90,7 +90,7 @@ def read_document(path: Path, fresh: Document) -> Document:
         found = Document.model_validate_json(path.read_bytes())
     except (FileNotFoundError, ValidationError):
         return fresh
-    same = (found.corpus, found.environment.rarefy, found.environment.processor, found.environment.threads)
-    if same != (fresh.corpus, fresh.environment.rarefy, fresh.environment.processor, fresh.environment.threads):
+    same = (found.corpus, found.texts, found.environment.rarefy, found.environment.processor)
+    if same != (fresh.corpus, fresh.texts, fresh.environment.rarefy, fresh.environment.processor):
         return fresh
     return found.model_copy(update={"when": fresh.when, "environment": fresh.environment, "peers": fresh.peers})

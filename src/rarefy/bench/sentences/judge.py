@@ -48,6 +48,12 @@ class Judge:
             recall=round(float(by_query.mean()), 5), half=round(half, 5), cosine=round(float(cosines.mean()), 5)
         )
 
+    def part(self, corpus: int, queries: int) -> Judge:
+        """The same with the first so many sentences to retrieve, and the first so many queries."""
+        first = len(self.tokens) - self.queries
+        places = [*range(min(corpus, first)), *range(first, first + min(queries, self.queries))]
+        return Judge([self.tokens[i] for i in places], self.dense[places], min(queries, self.queries))
+
 
 def make_judge(encoder: Callable[..., Any], tokens: Sequence[Sequence[int]], queries: int) -> Judge:
     """A judge by the dense encoder. The last `queries` of the sentences are queries, the others are retrieved."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,12 +82,11 @@ def pruned(encoder: Encoder, case: Case, data: list[dict[str, Tensor]]) -> tuple
     return made, kept, total
 
 
-def execute(encoder: Encoder, case: Case, data: list[dict[str, Tensor]], judges: Mapping[str, Judge]) -> OneShot:
+def execute(encoder: Encoder, case: Case, data: list[dict[str, Tensor]], judge: Judge) -> OneShot:
     """Prune a copy and judge it."""
     begun = time.perf_counter()
     made, kept, total = pruned(encoder, case, data)
     seconds = round(time.perf_counter() - begun, 2)
-    quality = {name: judge(made) for name, judge in judges.items()}
     return OneShot(
-        method=case.method, pattern=case.pattern, kept=kept, total=total, seconds=seconds, quality=quality
+        method=case.method, pattern=case.pattern, kept=kept, total=total, seconds=seconds, quality=judge(made)
     )  # fmt: skip
