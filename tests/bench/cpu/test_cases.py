@@ -16,7 +16,7 @@ from rarefy.bench.cpu.timing import Plan
 from rarefy.bench.cpu.training import TrainingCase, measure_training
 from rarefy.runtime import kernels
 
-NOTHING = ("onnxruntime", "onnx", "sparseprop", "llama-cpp-python", "gguf", "deepsparse")
+NOTHING = ("onnxruntime", "onnx", "openvino", "sparseprop", "llama-cpp-python", "gguf", "deepsparse")
 ABSENT = Peers({}, dict.fromkeys(NOTHING, "not installed"))
 PLAN = Plan(rounds=2, sample=0.0, settle=0.0)
 

@@ -33,10 +33,10 @@ def test_every_method_keeps_what_was_asked_and_is_judged(made):
     encoder, tokenizer = open_encoder(made / "model")
     judge = make_judge(encoder, tokens_of(tokenizer, sentences(60)), 10)
     data = calibration(tokens_of(tokenizer, sentences(40)), 40)
-    found = [execute(encoder, case, data, {"text": judge}) for case in cases(("50 %", "2:4"))]
+    found = [execute(encoder, case, data, judge) for case in cases(("50 %", "2:4"))]
     assert len(found) == 2 * len(METHODS)
     assert {each.kept * 2 for each in found} == {found[0].total}
-    best = {each.method: each.quality["text"].cosine for each in found if each.pattern == "50 %"}
+    best = {each.method: each.quality.cosine for each in found if each.pattern == "50 %"}
     assert best["SparseGPT"] > best["Random"]
 
 
@@ -104,7 +104,7 @@ def test_the_real_model_pruned_by_half_retrieves_most_of_the_same():
     judge = make_judge(encoder, tokens, 50)
     assert judge(encoder).recall == 1
     data = calibration(tokens, 128)
-    by_method = {c.method: execute(encoder, c, data, {"t": judge}).quality["t"] for c in cases(("50 %",))}
+    by_method = {c.method: execute(encoder, c, data, judge).quality for c in cases(("50 %",))}
     assert by_method["SparseGPT"].cosine > 0.95
     assert by_method["Random"].cosine < by_method["Magnitude"].cosine
 

@@ -155,9 +155,11 @@ def _open(out: Path, source: Path, data: Path | None, threads: int, quick: bool)
 def _one_shot(bench: _Bench, document: Document, bar: Steps, asked: _Asked) -> None:
     document.one_shot = []
     wanted, data = list(one_shot.cases(("80 %", "2:4") if bench.quick else one_shot.PATTERNS)), bench.data()
+    judge = bench.judges["docstrings"].part(2000, 300)
+    document.compared = (len(judge.tokens) - judge.queries, judge.queries)
     for case in wanted:
         bar.say(f"{case.method} {case.pattern}")
-        document.one_shot.append(one_shot.execute(bench.dense.encoder, case, data, bench.judges))
+        document.one_shot.append(one_shot.execute(bench.dense.encoder, case, data, judge))
 
 
 def _distilled(bench: _Bench, document: Document, bar: Steps, asked: _Asked) -> None:

@@ -56,7 +56,7 @@ class Engine(_Model):
 
 
 class Document(_Model):
-    """All of it. corpus: sha256 of the text. dense: the dense model judged by itself. peers: versions."""
+    """All of it. corpus: sha256 of the text. texts: sentences and queries; compared: those of one-shot pruning. dense: the dense model judged by itself. peers: versions."""
 
     schema_version: Literal[1] = 1
     when: str
@@ -64,6 +64,7 @@ class Document(_Model):
     kernels: str
     corpus: str
     texts: dict[str, list[int]]
+    compared: tuple[int, int] = (0, 0)
     peers: dict[str, str] = {}
     dense: dict[str, Quality] = {}
     one_shot: list[OneShot] = []
