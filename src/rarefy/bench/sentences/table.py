@@ -66,8 +66,8 @@ def _distilled(document: Document) -> Grid:
         rows.append((each.name, zeros, *_by_text(each.quality, texts), *cost))
     columns = ("model", "zeros", *(f"{what}, {text}" for text in texts for what in ("recall@10", "cosine")))
     note = (
-        "Zeros: of the encoder's Linears; embeddings, norms and biases are dense. From: the zeros of the model that the "
-        "training began with."
+        "Zeros: of the encoder's Linears; embeddings, norms and biases are dense. From: the zeros of the model that "
+        "the training began with."
     )
     return Grid("Distilled", (*columns, "from", "minutes", "steps"), tuple(rows), note=note)
 
@@ -85,8 +85,8 @@ def _one_shot(document: Document) -> Grid:
         rows.append((method, *cells, digits(max(each.seconds for each in its.values()))))
     corpus, queries = document.compared
     note = (
-        "Recall@10 / mean cosine of embeddings with the dense model's; Random is the control, s the longest pruning. Of "
-        f"the held-out docstrings the first {corpus:,} are retrieved for {queries} queries: fewer sentences to choose "
+        "Recall@10 / mean cosine of embeddings with the dense model's; Random is the control, s the longest pruning. "
+        f"Of the held-out docstrings the first {corpus:,} are retrieved for {queries} queries: fewer sentences to choose "
         "from than above, so that recalls are a little higher."
     )
     return Grid("In one shot, without training", ("method", *patterns, "s"), tuple(rows), note=note)
