@@ -86,8 +86,8 @@ def _one_shot(document: Document) -> Grid:
     corpus, queries = document.compared
     note = (
         "Recall@10 / mean cosine of embeddings with the dense model's; Random is the control, s the longest pruning. "
-        f"Of the held-out docstrings the first {corpus:,} are retrieved for {queries} queries: fewer sentences to choose "
-        "from than above, so that recalls are a little higher."
+        f"Of the held-out docstrings the first {corpus:,} are retrieved for {queries} queries: fewer to "
+        "choose from than above, so that recalls are a little higher."
     )
     return Grid("In one shot, without training", ("method", *patterns, "s"), tuple(rows), note=note)
 
