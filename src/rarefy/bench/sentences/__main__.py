@@ -118,6 +118,12 @@ class _Bench:
     quick: bool
     threads: int
 
+    def few(self, document: Document) -> Judge:
+        """Fewer sentences, for the many settings that are compared."""
+        judge = self.judges["docstrings"].part(2000, 300)
+        document.compared = (len(judge.tokens) - judge.queries, judge.queries)
+        return judge
+
     def data(self, samples: int = 512) -> list[dict[str, Any]]:
         """Training sentences to calibrate with."""
         return calibration(tokens_of(self.tokenizer, self.sentences.train[:samples]), samples)
@@ -155,8 +161,7 @@ def _open(out: Path, source: Path, data: Path | None, threads: int, quick: bool)
 def _one_shot(bench: _Bench, document: Document, bar: Steps, asked: _Asked) -> None:
     document.one_shot = []
     wanted, data = list(one_shot.cases(("80 %", "2:4") if bench.quick else one_shot.PATTERNS)), bench.data()
-    judge = bench.judges["docstrings"].part(2000, 300)
-    document.compared = (len(judge.tokens) - judge.queries, judge.queries)
+    judge = bench.few(document)
     for case in wanted:
         bar.say(f"{case.method} {case.pattern}")
         document.one_shot.append(one_shot.execute(bench.dense.encoder, case, data, judge))
@@ -185,7 +190,7 @@ def _speed(bench: _Bench, document: Document, bar: Steps, asked: _Asked) -> None
         place = Place(bench.threads, Path(folder), peers(), inputs, bench.data(256))
         speed.run(
             document, Model(DENSE, bench.dense.encoder, 0.0, ("bf16", "int8")), _models(bench), place, say=bar.say,
-            plan=None if asked.quality else plan, judge=bench.judges["docstrings"] if asked.quality else None,
+            plan=None if asked.quality else plan, judge=bench.few(document) if asked.quality else None,
         )  # fmt: skip
 
 

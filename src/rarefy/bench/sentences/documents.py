@@ -56,8 +56,8 @@ class Engine(_Model):
 
 
 class Document(_Model):
-    """All of it. corpus: sha256 of the text. texts: sentences and queries that are judged; compared: those of one-shot
-    pruning. dense: the dense model judged by itself. peers: versions."""
+    """All of it. corpus: sha256 of the text. texts: sentences and queries that are judged; compared: those of engines
+    and of one-shot pruning. dense: the dense model judged by itself. peers: versions."""
 
     schema_version: Literal[1] = 1
     when: str

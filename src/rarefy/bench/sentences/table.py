@@ -33,12 +33,21 @@ def _engines(document: Document) -> Grid:
     )  # fmt: skip
     note = (
         "Recall@10 and cosine are of this very setting, against the dense model in float32; ± 95 % interval over "
-        "queries. Times: median ms of a call on real layouts (batch×tokens), and × over torch fp32 in the same rounds. "
+        "queries. Times: median ms of a call (batch×tokens, no padding), and × over torch fp32 in the same rounds. "
         "MB: stored weights, word embeddings (47 MB in fp32) included; a packed model keeps those in fp32. OpenVINO: "
-        "weights and activations of the Linears in int8 (static), the rest fp32; onnxruntime int8: dynamic."
+        "weights and activations of the Linears in int8 (static), the rest fp32; onnxruntime int8: dynamic. "
+        + _compared(document)
     )
     columns = ("model", "engine", "recall@10", "cosine", *shapes, "MB")
     return Grid("Latency, and what each setting retrieves", columns, rows, left=2, note=note)
+
+
+def _compared(document: Document) -> str:
+    corpus, queries = document.compared
+    return (
+        f"Retrieved, for {queries} queries, from the first {corpus:,} of the held-out docstrings, "
+        "fewer than for the distilled table."
+    )
 
 
 def _time(each: Engine, shape: str) -> str:
@@ -83,11 +92,9 @@ def _one_shot(document: Document) -> Grid:
         its = {each.pattern: each for each in document.one_shot if each.method == method}
         cells = (f"{its[p].quality.recall:.3f} / {its[p].quality.cosine:.4f}" if p in its else "–" for p in patterns)
         rows.append((method, *cells, digits(max(each.seconds for each in its.values()))))
-    corpus, queries = document.compared
     note = (
-        "Recall@10 / mean cosine of embeddings with the dense model's; Random is the control, s the longest pruning. "
-        f"Of the held-out docstrings the first {corpus:,} are retrieved for {queries} queries: fewer to "
-        "choose from than above, so that recalls are a little higher."
+        "Recall@10 / mean cosine of embeddings with the dense model's; s: the longest pruning. Random is the control. "
+        + _compared(document)
     )
     return Grid("In one shot, without training", ("method", *patterns, "s"), tuple(rows), note=note)
 
