@@ -13,7 +13,7 @@ from rarefy.bench.sentences.distil import Progress, Recipe, Run, distil
 from rarefy.bench.sentences.encoder import open_encoder, tokens_of
 from rarefy.io.collect import collect, stored_as
 from rarefy.io.directory import write_model
-from rarefy.io.record import Calibration, read_record
+from rarefy.io.record import CalibrationRecord, read_record
 from rarefy.io.shards import Shards
 
 __all__ = ["TEXTS", "distilled", "name_of", "train"]
@@ -75,7 +75,7 @@ def _sentences(texts: Callable[[], Sentences], out: Path) -> Sentences:
 
 def _write(source: Path, folder: Path, student: Any, run: Run, recipe: Recipe, sentences: Sentences) -> None:
     """The directory: pruned weights with their record, and the biases and norms that learned with them."""
-    saw = Calibration(sha256=sentences.digest(), settings={"samples": recipe.samples})
+    saw = CalibrationRecord(sha256=sentences.digest(), settings={"samples": recipe.samples})
     said = {
         "recipe": dataclasses.asdict(recipe), "steps": run.steps, "seconds": round(run.seconds),
         "loss": round(run.loss, 5), "sentences": len(sentences.train),
