@@ -78,10 +78,7 @@ def recall(found: Tensor, dense: Tensor, queries: int, nearest: int = NEAREST) -
 
 
 def out_of_domain(folder: Path | None, corpus: int = 2000, queries: int = 300) -> tuple[str, ...]:
-    """Sentences of WikiText-2 where `folder` has its test.txt, else none: text of quite another kind.
-
-    Each 17th or so is taken, so that queries and corpus come from the same articles.
-    """
+    """Sentences of WikiText-2 where `folder` has its test.txt, else none: text of quite another kind."""
     path = None if folder is None else folder / "wikitext2" / "test.txt"
     if path is None or not path.is_file():
         return ()
