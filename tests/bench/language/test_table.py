@@ -152,8 +152,13 @@ def test_the_command_writes_and_continues(model, corpus, tmp_path, monkeypatch, 
     out, runs = tmp_path / "found.json", tmp_path / "runs"
     arguments = ["table", str(model), "--quick", "--length", "16", "--threads", "1"]
     arguments += ["--json", str(out), "--runs", str(runs)]
+    trained = {"parameters": 1_200_000, "seconds": 120, "steps": 3000, "tokens": 4_500_000}
+    (model / "training.json").write_text(json.dumps(trained))
     command.main(arguments)
-    assert "SparseGPT + OWL + refit" in capsys.readouterr().out
+    (model / "training.json").unlink()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "SparseGPT + OWL + refit" in shown
+    assert "1.2 million parameters, trained for 2 minutes: 3,000 steps, 4.5 million tokens" in shown
     document = json.loads(out.read_text())
     assert len(document["results"]) == 3
     assert document["sentences"][0] in out.with_suffix(".md").read_text()

@@ -123,7 +123,7 @@ def _tell(found: Table, bench: Bench, corpus: str, path: Path, quick: bool) -> N
     shown, said = grid(found), sentences(compare(found))
     settings = bench.settings
     footer = (
-        f"{bench.folder.name} on the standard library of Python {where.python}; held out: {', '.join(HELD_OUT)}. "
+        f"{_trained(bench.folder)} on the standard library of Python {where.python}; held out: {', '.join(HELD_OUT)}. "
         f"Calibration: {settings.samples} windows of {settings.length} tokens from the training part; judged on "
         f"{len(bench.judged)} windows of {settings.length} tokens without overlap. {where.processor}, "
         f"{where.threads} threads, torch {where.torch}, rarefy {where.rarefy}, {now()}{', quick' if quick else ''}."
@@ -145,6 +145,18 @@ def _tell(found: Table, bench: Bench, corpus: str, path: Path, quick: bool) -> N
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(rich_grids([shown]), *map(Text, said), Text(f"{rule}\n{footer}", style="dim"), sep="\n")
     console.print(f"Written to {path} and {path.with_suffix('.md')}.", markup=False, highlight=False)
+
+
+def _trained(folder: Path) -> str:
+    """The model's name, and how long it was trained where `train` has made it."""
+    path = folder / "training.json"
+    if not path.is_file():
+        return folder.name
+    said = jsonlib.loads(path.read_text())
+    return (
+        f"{folder.name} ({said['parameters'] / 1e6:.1f} million parameters, trained for {said['seconds'] / 60:.0f} "
+        f"minutes: {said['steps']:,} steps, {said['tokens'] / 1e6:.1f} million tokens)"
+    )
 
 
 def corpus() -> None:
