@@ -107,22 +107,28 @@ def table(
 
 @dataclass
 class _Bench:
-    """What all parts share. sentences: the text; judges: by its name."""
+    """What all parts share. texts: sentences and queries that are judged, by their name."""
 
     out: Path
     dense: Model
     tokenizer: Any
     sentences: Sentences
-    judges: dict[str, Judge]
+    texts: dict[str, tuple[Sequence[str], Sequence[str]]]
     document: Document
     quick: bool
     threads: int
 
     def few(self, document: Document) -> Judge:
         """Fewer sentences, for the many settings that are compared."""
-        judge = self.judges["docstrings"].part(2000, 300)
+        judge = self.judge("docstrings", 2000, 300)
         document.compared = (len(judge.tokens) - judge.queries, judge.queries)
         return judge
+
+    def judge(self, name: str, corpus: int | None = None, queries: int | None = None) -> Judge:
+        """By the dense encoder, on the first so many sentences and queries of a text; by default on all."""
+        found, asked = self.texts[name]
+        chosen = [*found[:corpus], *asked[:queries]]
+        return make_judge(self.dense.encoder, tokens_of(self.tokenizer, chosen), len(asked[:queries]))
 
     def data(self, samples: int = 512) -> list[dict[str, Any]]:
         """Training sentences to calibrate with."""
@@ -146,16 +152,12 @@ def _open(out: Path, source: Path, data: Path | None, threads: int, quick: bool)
         texts["WikiText-2"] = (others[300:], others[:300])
     if quick:
         texts = {name: (corpus[:300], queries[:50]) for name, (corpus, queries) in texts.items()}
-    judges = {
-        name: make_judge(encoder, tokens_of(tokenizer, [*corpus, *queries]), len(queries))
-        for name, (corpus, queries) in texts.items()
-    }
     document = Document(
         when=now(), environment=environment(threads=threads, flush_denormal=False), corpus=sentences.digest(),
         kernels=str(native.status().isa or native.status().reason),
         texts={name: [len(corpus), len(queries)] for name, (corpus, queries) in texts.items()}, peers=peers().versions,
     )  # fmt: skip
-    return _Bench(out, Model(DENSE, encoder, 0.0), tokenizer, sentences, judges, document, quick, threads)
+    return _Bench(out, Model(DENSE, encoder, 0.0), tokenizer, sentences, texts, document, quick, threads)
 
 
 def _one_shot(bench: _Bench, document: Document, bar: Steps, asked: _Asked) -> None:
@@ -168,7 +170,9 @@ def _one_shot(bench: _Bench, document: Document, bar: Steps, asked: _Asked) -> N
 
 
 def _distilled(bench: _Bench, document: Document, bar: Steps, asked: _Asked) -> None:
-    document.dense = {name: judge(bench.dense.encoder) for name, judge in bench.judges.items()}
+    bar.say("dense")
+    judges = {name: bench.judge(name) for name in bench.texts}
+    document.dense = {name: judge.part(500, 100)(bench.dense.encoder) for name, judge in judges.items()}
     document.distilled = []
     for folder in distilled(bench.out):
         bar.say(folder.name)
@@ -176,7 +180,7 @@ def _distilled(bench: _Bench, document: Document, bar: Steps, asked: _Asked) -> 
         document.distilled.append(
             Distilled(
                 name=_title(folder), kept=record.kept, total=record.total, training=dict(record.settings),
-                quality={name: judge(encoder) for name, judge in bench.judges.items()},
+                quality={name: judge(encoder) for name, judge in judges.items()},
             )
         )  # fmt: skip
 
