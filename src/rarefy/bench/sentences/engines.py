@@ -93,7 +93,9 @@ def _packed(model: Model, dtype: str, place: Place) -> Offer | str:
     words = ", ".join(f"{count} {choice}" for choice, count in sorted(counts.items()))
     words += "; reverted" if report.reverted else ""
     made = _of_torch(model, f"{LAYER} {dtype}", packed)
-    return Offer(model, made.engine, packed, made.bind, report.bytes_after, words)
+    others = sum(p.numel() * p.element_size() for p in model.encoder.parameters()) - report.bytes_before
+    size = others + report.bytes_after
+    return Offer(model, made.engine, packed, made.bind, size, words)
 
 
 def export(encoder: Encoder, inputs: Inputs, path: Path) -> str:

@@ -118,10 +118,11 @@ def _fastest(document: Document, shape: str) -> str:
     if not ours or not peers:
         return f"{shape}: nothing to compare."
     best, peer = (min(group, key=lambda each: each.times[shape].median) for group in (ours, peers))
-    ratio = peer.times[shape].median / best.times[shape].median
+    a, b = (each.times[shape].median / 1000 for each in (best, peer))
+    lead = f"{b / a:.2f}× faster" if a < b else f"{a / b:.2f}× slower"
     return (
-        f"{shape}: the fastest sparse setting is {_named(best)}; the fastest dense one {_named(peer)}: "
-        f"{ratio:.2f} times its time."
+        f"{shape}: the fastest sparse setting, {_named(best)}, takes {digits(a)} ms, {lead} than the fastest dense one, "
+        f"{_named(peer)}, with {digits(b)} ms."
     )
 
 

@@ -4,6 +4,7 @@ A graph that onnxruntime's static quantisation has written, with pairs of quanti
 """
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,10 +47,12 @@ def quantised(source: str, target: str, batches: Sequence[dict[str, Tensor]]) ->
     nodes = [node.name for node in graph.node if node.op_type in ("MatMul", "Gemm") and constant & set(node.input)]
     logging.disable(logging.WARNING)  # it recommends a preparation that changes nothing here
     try:
-        library.quantize_static(
-            source, target, _Reader(batches), quant_format=library.QuantFormat.QDQ, per_channel=True,
-            nodes_to_quantize=nodes, activation_type=library.QuantType.QUInt8, weight_type=library.QuantType.QInt8,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of rows of weights that are all zero
+            library.quantize_static(
+                source, target, _Reader(batches), quant_format=library.QuantFormat.QDQ, per_channel=True,
+                nodes_to_quantize=nodes, activation_type=library.QuantType.QUInt8, weight_type=library.QuantType.QInt8,
+            )  # fmt: skip
     finally:
         logging.disable(logging.NOTSET)
     return target
