@@ -121,8 +121,8 @@ def _fastest(document: Document, shape: str) -> str:
     a, b = (each.times[shape].median / 1000 for each in (best, peer))
     lead = f"{b / a:.2f}× faster" if a < b else f"{a / b:.2f}× slower"
     return (
-        f"{shape}: the fastest sparse setting, {_named(best)}, takes {digits(a)} ms, {lead} than the fastest dense one, "
-        f"{_named(peer)}, with {digits(b)} ms."
+        f"{shape}: the fastest sparse setting, {_named(best)}, takes {digits(a)} ms, {lead} than the fastest "
+        f"dense one, {_named(peer)}, with {digits(b)} ms."
     )
 
 
