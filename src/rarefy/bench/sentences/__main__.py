@@ -39,6 +39,7 @@ from rarefy.io.prove import check_directory
 
 Part = Literal["one-shot", "distilled", "quality", "speed"]
 PARTS: tuple[Part, ...] = ("one-shot", "distilled", "speed", "quality")
+FEW = {"engines": (1000, 200), "one-shot": (2000, 300)}  # sentences and queries, where many settings are compared
 PACKED = ("50 %", "70 %", "2:4")  # of those pruned in one shot by SparseGPT
 
 
@@ -118,10 +119,10 @@ class _Bench:
     quick: bool
     threads: int
 
-    def few(self, document: Document) -> Judge:
+    def few(self, document: Document, part: str) -> Judge:
         """Fewer sentences, for the many settings that are compared."""
-        judge = self.judge("docstrings", 2000, 300)
-        document.compared = (len(judge.tokens) - judge.queries, judge.queries)
+        judge = self.judge("docstrings", *FEW[part])
+        document.compared[part] = (len(judge.tokens) - judge.queries, judge.queries)
         return judge
 
     def judge(self, name: str, corpus: int | None = None, queries: int | None = None) -> Judge:
@@ -163,7 +164,7 @@ def _open(out: Path, source: Path, data: Path | None, threads: int, quick: bool)
 def _one_shot(bench: _Bench, document: Document, bar: Steps, asked: _Asked) -> None:
     document.one_shot = []
     wanted, data = list(one_shot.cases(("80 %", "2:4") if bench.quick else one_shot.PATTERNS)), bench.data()
-    judge = bench.few(document)
+    judge = bench.few(document, "one-shot")
     for case in wanted:
         bar.say(f"{case.method} {case.pattern}")
         document.one_shot.append(one_shot.execute(bench.dense.encoder, case, data, judge))
@@ -194,7 +195,7 @@ def _speed(bench: _Bench, document: Document, bar: Steps, asked: _Asked) -> None
         place = Place(bench.threads, Path(folder), peers(), inputs, bench.data(256))
         speed.run(
             document, Model(DENSE, bench.dense.encoder, 0.0, ("bf16", "int8")), _models(bench), place, say=bar.say,
-            plan=None if asked.quality else plan, judge=bench.few(document) if asked.quality else None,
+            plan=None if asked.quality else plan, judge=bench.few(document, "engines") if asked.quality else None,
         )  # fmt: skip
 
 

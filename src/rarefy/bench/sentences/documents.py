@@ -56,8 +56,8 @@ class Engine(_Model):
 
 
 class Document(_Model):
-    """All of it. corpus: sha256 of the text. texts: sentences and queries that are judged; compared: those of engines
-    and of one-shot pruning. dense: the dense model judged by itself. peers: versions."""
+    """All of it. corpus: sha256 of the text. texts: sentences and queries that are judged; compared: the same of
+    engines and of one-shot pruning, which are judged on fewer. dense: the dense model judged by itself. peers: versions."""
 
     schema_version: Literal[1] = 1
     when: str
@@ -65,7 +65,7 @@ class Document(_Model):
     kernels: str
     corpus: str
     texts: dict[str, list[int]]
-    compared: tuple[int, int] = (0, 0)
+    compared: dict[str, tuple[int, int]] = {}
     peers: dict[str, str] = {}
     dense: dict[str, Quality] = {}
     one_shot: list[OneShot] = []

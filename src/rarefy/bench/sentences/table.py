@@ -35,15 +35,15 @@ def _engines(document: Document) -> Grid:
         "Recall@10 and cosine are of this very setting, against the dense model in float32; ± 95 % interval over "
         "queries. Times: median ms of a call (batch×tokens, no padding), and × over torch fp32 in the same rounds. "
         "MB: stored weights, word embeddings (47 MB in fp32) included; a packed model keeps those in fp32. OpenVINO: "
-        "weights and activations of the Linears in int8 (static), the rest fp32; onnxruntime int8: dynamic. "
-        + _compared(document)
+        "weights and activations of the Linears in int8 (static ranges, by onnxruntime's quantiser), the rest fp32; onnxruntime int8: dynamic. "
+        + _compared(document, "engines")
     )
     columns = ("model", "engine", "recall@10", "cosine", *shapes, "MB")
     return Grid("Latency, and what each setting retrieves", columns, rows, left=2, note=note)
 
 
-def _compared(document: Document) -> str:
-    corpus, queries = document.compared
+def _compared(document: Document, part: str) -> str:
+    corpus, queries = document.compared.get(part, (0, 0))
     return (
         f"Retrieved, for {queries} queries, from the first {corpus:,} of the held-out docstrings, "
         "fewer than for the distilled table."
@@ -94,7 +94,7 @@ def _one_shot(document: Document) -> Grid:
         rows.append((method, *cells, digits(max(each.seconds for each in its.values()))))
     note = (
         "Recall@10 / mean cosine of embeddings with the dense model's; s: the longest pruning. Random is the control. "
-        + _compared(document)
+        + _compared(document, "one-shot")
     )
     return Grid("In one shot, without training", ("method", *patterns, "s"), tuple(rows), note=note)
 
