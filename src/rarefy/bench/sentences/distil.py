@@ -51,14 +51,14 @@ class Recipe:
     initial: float = 0.0
     minutes: float = 22.0
     steps: int | None = None
-    prunings: int = 4
-    pruning: float = 0.35
+    prunings: int = 5
+    pruning: float = 0.4
     batch: int = 32
     rate: float = 5e-4
     hidden: float = 1.0
     alike: float = 1.0
     temperature: float = 0.05
-    samples: int = 256
+    samples: int = 384
     seed: int = 0
 
 

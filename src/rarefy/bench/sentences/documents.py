@@ -57,7 +57,8 @@ class Engine(_Model):
 
 class Document(_Model):
     """All of it. corpus: sha256 of the text. texts: sentences and queries that are judged; compared: the same of
-    engines and of one-shot pruning, which are judged on fewer. dense: the dense model judged by itself. peers: versions."""
+    engines and of one-shot pruning, which are judged on fewer. dense: the dense model judged by itself. peers:
+    versions."""
 
     schema_version: Literal[1] = 1
     when: str

@@ -35,8 +35,8 @@ def _engines(document: Document) -> Grid:
         "Recall@10 and cosine are of this very setting, against the dense model in float32; ± 95 % interval over "
         "queries. Times: median ms of a call (batch×tokens, no padding), and × over torch fp32 in the same rounds. "
         "MB: stored weights, word embeddings (47 MB in fp32) included; a packed model keeps those in fp32. OpenVINO: "
-        "weights and activations of the Linears in int8 (static ranges, by onnxruntime's quantiser), the rest fp32; onnxruntime int8: dynamic. "
-        + _compared(document, "engines")
+        "weights and activations of the Linears in int8 (static ranges, by onnxruntime's quantiser), the rest "
+        "fp32; onnxruntime int8: dynamic. " + _compared(document, "engines")
     )
     columns = ("model", "engine", "recall@10", "cosine", *shapes, "MB")
     return Grid("Latency, and what each setting retrieves", columns, rows, left=2, note=note)
