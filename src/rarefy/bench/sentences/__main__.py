@@ -6,7 +6,7 @@ import json as jsonlib
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -114,7 +114,7 @@ class _Bench:
     dense: Model
     tokenizer: Any
     sentences: Sentences
-    texts: dict[str, tuple[Sequence[str], Sequence[str]]]
+    texts: Mapping[str, tuple[Sequence[str], Sequence[str]]]
     document: Document
     quick: bool
     threads: int
