@@ -32,7 +32,8 @@ def _engines(document: Document) -> Grid:
         if each.times or each.quality
     )  # fmt: skip
     note = (
-        "Recall@10 and cosine are of the same model, engine and values, packed once more, against the dense model in float32; ± 95 % interval over "
+        "Recall@10 and cosine are of the same model, engine and values, packed once more, against the dense model in "
+        "float32; ± 95 % interval over "
         "queries. Times: median ms of a call (batch×tokens, no padding), and × over torch fp32 in the same rounds. "
         "MB: stored weights, word embeddings (47 MB in fp32) included; a packed model keeps those in fp32. OpenVINO: "
         "weights and activations of the Linears in int8 (static ranges, by onnxruntime's quantiser), the rest "
