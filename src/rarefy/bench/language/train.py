@@ -30,7 +30,8 @@ START = "<|start|>"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained and how. minutes: training stops there at the latest, its learning rate at its end by then."""
+    """What is trained and how. minutes: training stops there, its learning rate at its end by then. steps: how many,
+    whatever the clock says."""
 
     vocabulary: int = 4096
     width: int = 256
@@ -42,6 +43,7 @@ class Recipe:
     batch: int = 8
     rate: float = 2e-3
     minutes: float = 50.0
+    steps: int | None = None
     seed: int = 0
 
 
@@ -113,7 +115,7 @@ def _fit(model: Any, ids: Tensor, recipe: Recipe, progress: Progress) -> tuple[i
     begun, limit = time.monotonic(), 60 * recipe.minutes
     model.train()
     for step in itertools.count():
-        passed = (time.monotonic() - begun) / limit
+        passed = (time.monotonic() - begun) / limit if recipe.steps is None else step / recipe.steps
         if passed >= 1:
             break
         for group in optimizer.param_groups:
