@@ -1,13 +1,22 @@
 """What every test runs under: shapes and types checked at run time, one thread, deterministic kernels."""
 
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import hypothesis
 import pytest
 import torch
 from jaxtyping import install_import_hook
+
+# beartype picks the items that it checks by random.getrandbits, in finalisers too, and the collector may call those while
+# hypothesis draws: the global generator would move under it. So beartype binds a generator of its own.
+with mock.patch("random.getrandbits", random.Random(0).getrandbits):
+    from beartype.door import is_bearable
+
+    is_bearable([0], list[int])
 
 # Before the first import of rarefy, and here only: users pay nothing for the checks. An int is a float, as in PEP 484.
 install_import_hook("rarefy", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
