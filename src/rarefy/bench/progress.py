@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rarefy.bench.runner import Reporter
 from rarefy.bench.runs import Run
 
-__all__ = ["Bar", "bar", "tracked"]
+__all__ = ["Bar", "bar", "tracked", "without_bars"]
 
 
 class Bar(Reporter):
@@ -63,3 +63,17 @@ def tracked(title: str) -> Iterator[Callable[[int, int, str], None]]:
             progress.update(task, completed=done, total=count, description=f"{title} {name}")
 
         yield tell
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """transformers draws a bar for each model that is read, between the lines of ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

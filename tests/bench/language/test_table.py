@@ -6,10 +6,11 @@ import torch
 
 from language import CONTEXT, save_llama, text_of
 from rarefy.bench.language import __main__ as command
-from rarefy.bench.language.cases import METHODS, PATTERNS, Case, cases
+from rarefy.bench.language.cases import PATTERNS, Case, cases
 from rarefy.bench.language.corpus import Corpus
 from rarefy.bench.language.runs import Result, Settings, Store, execute, open_bench
 from rarefy.bench.language.table import Table, compare, grid, sentences
+from rarefy.bench.one_shot import METHODS
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'rarefy[hf]'")
 SETTINGS = Settings(length=16, samples=8, windows=6, seeds=2, threads=1)
@@ -74,7 +75,7 @@ def test_what_is_done_is_not_made_again(bench, tmp_path):
     case = Case("Magnitude", "50 %")
     assert store.find(case, 0) is None
     result = execute(bench, case, 0)
-    store.save(case, result)
+    store.save(case, 0, result)
     assert store.find(case, 0) == result
     assert store.find(Case("Magnitude", "60 %"), 0) is None
     assert Store(tmp_path, "another run", []).find(case, 0) is None

@@ -1,8 +1,6 @@
 """`python -m rarefy.bench.decoding MODEL_DIR`: the decode table, and what each of its settings costs in perplexity."""
 
-import json as jsonlib
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +22,9 @@ from rarefy.bench.decoding.runs import ZEROS, Decode, measure_all, steps
 from rarefy.bench.decoding.shape import Shape
 from rarefy.bench.decoding.table import decode_grid
 from rarefy.bench.environment import environment
-from rarefy.bench.files import write_whole
 from rarefy.bench.language.corpus import standard_library
 from rarefy.bench.language.runs import Bench
+from rarefy.bench.publish import publish
 from rarefy.core import native
 
 __all__ = ["main", "table"]
@@ -83,12 +81,8 @@ def table(
         "settings": [each.model_dump() for each in settings], "llama": llama, "left_out": reasons, "perplexity": cost,
         "prompt": plan.prompt, "tokens": plan.tokens, "shape": vars(plan.shape), "peers": found.versions,
     }  # fmt: skip
-    write_whole(json, (jsonlib.dumps(document, indent=1) + "\n").encode())
     text = f"# Decoding with a sparse language model\n\n{footer}\n\n{markdown([grid])}"
-    write_whole(json.with_suffix(".md"), text.encode())
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(rich_grids([grid]), footer, sep="\n", markup=False, highlight=False)
-    console.print(f"Written to {json} and {json.with_suffix('.md')}.", markup=False, highlight=False)
+    publish(json, document, text, rich_grids([grid]), footer, width=200)
 
 
 def _costs(bench: Bench, say: Callable[[str], object]) -> dict[str, tuple[float, float | None, float | None]]:

@@ -1,9 +1,7 @@
 """`python -m rarefy.bench.language {train,table,corpus}`: the language model that pruning is judged on."""
 
 import json as jsonlib
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -15,14 +13,14 @@ from rarefy.bench.cpu.document import now
 from rarefy.bench.cpu.grids import markdown, rich_grids
 from rarefy.bench.cpu.progress import steps_bar
 from rarefy.bench.environment import environment
-from rarefy.bench.files import write_whole
-from rarefy.bench.language.cases import PATTERNS, QUICK_PATTERNS, Case, cases
+from rarefy.bench.language.cases import PATTERNS, QUICK_PATTERNS, cases
 from rarefy.bench.language.corpus import HELD_OUT, standard_library
 from rarefy.bench.language.runs import Bench, Result, Settings, Store, execute, open_bench
 from rarefy.bench.language.table import Table, compare, grid, sentences
 from rarefy.bench.language.train import Recipe
 from rarefy.bench.language.train import train as run
-from rarefy.bench.progress import tracked
+from rarefy.bench.progress import tracked, without_bars
+from rarefy.bench.publish import publish
 
 
 def train(out: tyro.conf.Positional[Path], minutes: float = 50.0, threads: int = 2) -> None:
@@ -85,37 +83,16 @@ def make(bench: Bench, store: Store, patterns: tuple[str, ...]) -> Table:
     """All results: those of the store, and the others made and stored one by one."""
     wanted = [(case, seed) for case in cases(patterns) for seed in case.seeds(bench.settings.seeds)]
     by_run: dict[tuple[str, str], list[Result]] = {}
-    with _without_bars(), steps_bar(1 + len(wanted)) as bar:
+    with without_bars(), steps_bar(1 + len(wanted)) as bar:
         bar.say("dense")
-        dense = _found(bench, store, None, 0)
+        dense = store.found(None, 0, lambda: execute(bench, None, 0))
         bar.tick(1)
         for case, seed in wanted:
             bar.say(f"{case.variant} {case.pattern}, draw {seed}")
-            by_run.setdefault((case.variant, case.pattern), []).append(_found(bench, store, case, seed))
+            result = store.found(case, seed, lambda case=case, seed=seed: execute(bench, case, seed))
+            by_run.setdefault((case.variant, case.pattern), []).append(result)
             bar.tick(1)
     return Table(dense, by_run)
-
-
-def _found(bench: Bench, store: Store, case: Case | None, seed: int) -> Result:
-    result = store.find(case, seed)
-    if result is None:
-        result = execute(bench, case, seed)
-        store.save(case, result)
-    return result
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """transformers draws a bar for each model that is read, between the lines of ours."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _tell(found: Table, bench: Bench, corpus: str, path: Path, quick: bool) -> None:
@@ -140,11 +117,7 @@ def _tell(found: Table, bench: Bench, corpus: str, path: Path, quick: bool) -> N
         "key": bench.digest, "dense": found.dense.model_dump(),
         "results": [run.model_dump() for runs in found.results.values() for run in runs], "sentences": said,
     }  # fmt: skip
-    write_whole(path, (jsonlib.dumps(document, indent=1) + "\n").encode())
-    write_whole(path.with_suffix(".md"), text.encode())
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(rich_grids([shown]), *map(Text, said), Text(f"{rule}\n{footer}", style="dim"), sep="\n")
-    console.print(f"Written to {path} and {path.with_suffix('.md')}.", markup=False, highlight=False)
+    publish(path, document, text, rich_grids([shown]), *map(Text, said), Text(f"{rule}\n{footer}", style="dim"))
 
 
 def _trained(folder: Path) -> str:

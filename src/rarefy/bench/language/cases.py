@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from rarefy.bench.one_shot import METHODS, asked
 from rarefy.core.method import Method
-from rarefy.methods import ALPS, DSnoT, Magnitude, Refit, SparseGPT, Wanda
+from rarefy.methods import Refit
 
-__all__ = ["METHODS", "PATTERNS", "QUICK_PATTERNS", "Case", "cases"]
+__all__ = ["PATTERNS", "QUICK_PATTERNS", "Case", "cases"]
 
 PATTERNS = ("50 %", "60 %", "70 %", "80 %", "4:8", "2:4")
 QUICK_PATTERNS = ("50 %", "2:4")
-
-METHODS: dict[str, Callable[[dict[str, Any]], Method]] = {
-    "Magnitude": lambda named: Magnitude(**named),
-    "Wanda": lambda named: Wanda(**named),
-    "SparseGPT": lambda named: SparseGPT(**named),
-    "DSnoT(Wanda)": lambda named: DSnoT(Wanda(**named)),
-    "ALPS": lambda named: ALPS(**named),
-}
 
 
 @dataclass(frozen=True)
@@ -45,9 +37,7 @@ class Case:
 
     def build(self) -> Method:
         """The method. Allocations are uniform unless they are OWL's."""
-        share, fixed = (None, self.pattern) if ":" in self.pattern else (float(self.pattern[:-2]) / 100, "unstructured")
-        named = {"sparsity": share, "pattern": fixed, "allocation": "owl" if self.owl else "uniform"}
-        made = METHODS[self.method](named)
+        made = METHODS[self.method]({**asked(self.pattern), "allocation": "owl" if self.owl else "uniform"})
         return Refit(made) if self.refit else made
 
     def seeds(self, count: int) -> range:

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from rarefy.bench.environment import source_digest
-from rarefy.bench.files import write_whole
 from rarefy.bench.language.cases import Case
 from rarefy.bench.language.corpus import Corpus
 from rarefy.bench.memory import high_water, reset_high_water
+from rarefy.bench.one_shot import Run, Runs, pruned
 from rarefy.bench.perplexity import perplexity
 from rarefy.bench.seeds import generator
-from rarefy.core.check import check
-from rarefy.core.sparsify import sparsify
 from rarefy.io.calibration import encode
 from rarefy.io.directory import read_model
 from rarefy.io.pretrained import context_length, read_config, read_tokenizer
-from rarefy.io.prune import chosen_sites
 
 __all__ = ["Bench", "Result", "Settings", "Store", "execute", "open_bench"]
 
@@ -45,29 +38,19 @@ class Settings:
     threads: int = 2
 
 
-class Result(BaseModel):
+class Result(Run):
     """One run. seconds: of pruning; peak: bytes that pruning added to what was resident with the model, at most.
 
     perplexity, low, high: on the held-out windows, with the 95 % interval over them; nll: of each window, nats a token.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
-    key: str
-    variant: str
-    pattern: str
     seed: int
-    method: dict[str, Any]
-    kept: int
-    total: int
     perplexity: float
     low: float | None
     high: float | None
     top1: float
     nll: list[float]
-    seconds: float
     peak: int
-    warnings: list[str]
 
 
 @dataclass
@@ -116,59 +99,22 @@ def _judged(ids: Tensor, settings: Settings) -> Tensor:
     return rows[torch.arange(wanted) * found // wanted]
 
 
-@dataclass
-class Store:
-    """Results in a folder. problems: files that should be results, and why not."""
+class Store(Runs[Result]):
+    """See `Runs`."""
 
-    folder: Path
-    digest: str
-    problems: list[str]
-
-    def path(self, case: Case | None, seed: int) -> Path:
-        """Where a run's result belongs; no case: the dense model."""
-        name = "dense" if case is None else f"{case.variant} {case.pattern}"
-        plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        return self.folder / f"{plain}-{seed}-{self.digest[:8]}.json"
-
-    def find(self, case: Case | None, seed: int) -> Result | None:
-        """The result, if it is there and whole."""
-        path = self.path(case, seed)
-        if not path.exists():
-            return None
-        try:
-            found = Result.model_validate_json(path.read_bytes())
-        except ValueError as error:
-            self.problems.append(f"{path.name} is not a whole result ({str(error).splitlines()[0]}); it is run again")
-            return None
-        return found if found.key == self.digest else None
-
-    def save(self, case: Case | None, result: Result) -> None:
-        """The whole file or nothing."""
-        write_whole(self.path(case, result.seed), (result.model_dump_json() + "\n").encode())
+    kind = Result
 
 
 def execute(bench: Bench, case: Case | None, seed: int) -> Result:
     """Prune a fresh copy of the model, check it, and judge it; no case: judge it dense."""
     model = read_model(bench.folder).eval()
-    method: dict[str, Any] = {}
-    said: list[str] = []
-    kept = total = sum(p.numel() for p in model.parameters())
     before, begin = reset_high_water(), time.perf_counter()
-    if case is not None:
-        chosen = case.build()
-        data = bench.calibration(seed) if "data" in chosen.needs else None
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            sparsity = sparsify(model, chosen, data=data, only=chosen_sites(model), seed=seed)
-        check(model, sparsity)
-        said = sorted({str(each.message) for each in caught})
-        method = chosen.to_dict()
-        kept, total = sum(sparsity.kept(s) for s in sparsity.sites), sum(s.numel for s in sparsity.sites)
+    done = pruned(model, None if case is None else case.build(), lambda: bench.calibration(seed), seed)
     seconds, peak = time.perf_counter() - begin, high_water() - before
     found = perplexity(model, bench.judged, batch=16)
     return Result(
         key=bench.digest, variant="dense" if case is None else case.variant,
-        pattern="" if case is None else case.pattern, seed=seed, method=method, kept=kept, total=total,
+        pattern="" if case is None else case.pattern, seed=seed, **vars(done),
         perplexity=found.value, low=found.low, high=found.high, top1=found.top1, nll=list(found.nll_per_window),
-        seconds=0.0 if case is None else seconds, peak=0 if case is None else peak, warnings=said,
+        seconds=0.0 if case is None else seconds, peak=0 if case is None else peak,
     )  # fmt: skip

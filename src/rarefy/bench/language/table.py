@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from rarefy.bench.cpu.grids import Grid, digits
-from rarefy.bench.language.cases import METHODS
 from rarefy.bench.language.runs import Result
+from rarefy.bench.one_shot import METHODS, Cells
 from rarefy.bench.statistics import Difference, holm, interval, paired
 
 __all__ = ["Compared", "Table", "compare", "grid", "sentences"]
@@ -24,21 +24,11 @@ WANTED = ("lower", "higher")
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(Cells):
     """Results by row and pattern, in order of calibration draws. dense: of the model as it was."""
 
     dense: Result
     results: Mapping[tuple[str, str], Sequence[Result]]
-
-    @property
-    def variants(self) -> list[str]:
-        """The rows, in order."""
-        return list(dict.fromkeys(variant for variant, _ in self.results))
-
-    @property
-    def patterns(self) -> list[str]:
-        """The columns, in order."""
-        return list(dict.fromkeys(pattern for _, pattern in self.results))
 
 
 def grid(table: Table) -> Grid:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.bench.progress import without_bars
 from rarefy.io.directory import read_model
 from rarefy.io.pretrained import read_tokenizer
 
@@ -67,20 +67,6 @@ def open_encoder(folder: Path) -> tuple[Encoder, Any]:
     """The encoder of a directory, ready for inference, and its tokenizer."""
     with without_bars():
         return Encoder(read_model(folder)).eval().requires_grad_(False), read_tokenizer(folder)
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """transformers draws a bar for each model that is read, between the lines of ours."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def tokens_of(tokenizer: Any, sentences: Sequence[str], longest: int = LONGEST) -> list[list[int]]:

@@ -6,10 +6,10 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
+from rarefy.bench.one_shot import asked
 from rarefy.bench.sentences.documents import OneShot
 from rarefy.bench.sentences.encoder import Encoder
 from rarefy.bench.sentences.judge import Judge
@@ -52,11 +52,7 @@ def method_of(case: Case) -> Method:
     >>> method_of(Case("Wanda", "2:4")).sparsity is None
     True
     """
-    named: dict[str, Any] = {"sparsity": share_of(case.pattern), "allocation": "uniform"}
-    if ":" in case.pattern:
-        named["pattern"] = case.pattern
-        named["sparsity"] = None
-    return METHODS[case.method](**named)
+    return METHODS[case.method](**asked(case.pattern), allocation="uniform")
 
 
 def share_of(pattern: str) -> float:

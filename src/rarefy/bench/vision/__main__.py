@@ -1,8 +1,6 @@
 """`python -m rarefy.bench.vision`: the pretrained ResNet-20 pruned by every method, accuracy on CIFAR-10."""
 
-import json as jsonlib
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +14,7 @@ from rarefy.bench.cpu.document import now
 from rarefy.bench.cpu.grids import markdown, rich_grids
 from rarefy.bench.cpu.progress import steps_bar
 from rarefy.bench.environment import environment
-from rarefy.bench.files import write_whole
+from rarefy.bench.publish import publish
 from rarefy.bench.vision.cases import PATTERNS, Case, cases
 from rarefy.bench.vision.runs import Bench, Result, Settings, Store, execute, open_bench
 from rarefy.bench.vision.table import Table, compare, grids, sentences
@@ -81,10 +79,7 @@ def make(bench: Bench, store: Store, patterns: tuple[str, ...]) -> Table:
 
         def found(case: Case | None, draw: int) -> Result:
             bar.say(f"{'dense' if case is None else f'{case.variant} {case.pattern}'}, draw {draw}")
-            result = store.find(case, draw)
-            if result is None:
-                result = execute(bench, case, draw)
-                store.save(case, result)
+            result = store.found(case, draw, lambda: execute(bench, case, draw))
             bar.tick(1)
             return result
 
@@ -119,11 +114,7 @@ def _tell(found: Table, bench: Bench, path: Path, quick: bool) -> None:
         "settings": vars(settings), "key": bench.digest,
         "results": [run.model_dump(exclude={"correct"}) for run in runs], "sentences": said,
     }  # fmt: skip
-    write_whole(path, (jsonlib.dumps(document, indent=1) + "\n").encode())
-    write_whole(path.with_suffix(".md"), text.encode())
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(rich_grids(shown), *map(Text, said), Text(f"{rule}\n{footer}", style="dim"), sep="\n")
-    console.print(f"Written to {path} and {path.with_suffix('.md')}.", markup=False, highlight=False)
+    publish(path, document, text, rich_grids(shown), *map(Text, said), Text(f"{rule}\n{footer}", style="dim"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

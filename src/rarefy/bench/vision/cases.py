@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from rarefy.bench.one_shot import METHODS, asked
 from rarefy.core.method import Method
-from rarefy.methods import ALPS, DSnoT, Magnitude, Refit, SparseGPT, Wanda
+from rarefy.methods import Refit
 
-__all__ = ["ALLOCATIONS", "METHODS", "PATTERNS", "REFITTED", "Case", "cases"]
+__all__ = ["ALLOCATIONS", "PATTERNS", "REFITTED", "Case", "cases"]
 
 PATTERNS = ("50 %", "60 %", "70 %", "80 %", "2:4")
 
-METHODS: dict[str, Callable[[dict[str, Any]], Method]] = {
-    "Magnitude": lambda named: Magnitude(**named),
-    "Wanda": lambda named: Wanda(**named),
-    "SparseGPT": lambda named: SparseGPT(**named),
-    "DSnoT(Wanda)": lambda named: DSnoT(Wanda(**named)),
-    "ALPS": lambda named: ALPS(**named),
-}
 REFITTED = ("Magnitude", "Wanda", "SparseGPT")  # ALPS solves for the weights that it keeps by itself
 ALLOCATIONS = {"uniform": "uniform", "global": "global", "ERK": "erdos_renyi_kernel"}
 
@@ -44,9 +37,7 @@ class Case:
 
     def build(self) -> Method:
         """The method."""
-        share, fixed = (None, self.pattern) if ":" in self.pattern else (float(self.pattern[:-2]) / 100, "unstructured")
-        named = {"sparsity": share, "pattern": fixed, "allocation": ALLOCATIONS[self.allocation]}
-        made = METHODS[self.method](named)
+        made = METHODS[self.method]({**asked(self.pattern), "allocation": ALLOCATIONS[self.allocation]})
         return Refit(made) if self.refit else made
 
 

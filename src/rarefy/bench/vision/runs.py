@@ -5,29 +5,21 @@ from __future__ import annotations
 import base64
 import copy
 import hashlib
-import json
-import re
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from rarefy.bench.data import Split
 from rarefy.bench.environment import source_digest
-from rarefy.bench.files import write_whole
+from rarefy.bench.one_shot import Run, Runs, pruned
 from rarefy.bench.seeds import generator
 from rarefy.bench.vision.cases import Case
 from rarefy.bench.vision.cifar import augmented, load_cifar10
 from rarefy.bench.vision.resnet import folded, load_resnet20
-from rarefy.core.check import check
-from rarefy.core.sparsify import sparsify
-from rarefy.io.prune import chosen_sites
 
 __all__ = ["Bench", "Result", "Settings", "Store", "correct_of", "execute", "open_bench", "reestimated"]
 
@@ -48,28 +40,18 @@ class Settings:
     batch: int = 100
 
 
-class Result(BaseModel):
+class Result(Run):
     """One run. accuracy: shares of test images; None where it was not judged so. seconds: of pruning.
 
     as_pruned: with the batch-norm statistics of the dense network; reestimated: with those of the calibration images.
     correct: of the re-estimated network, a bit for each test image of the draw's share, base64.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
-    key: str
-    variant: str
-    pattern: str
     draw: int
-    method: dict[str, Any]
-    kept: int
-    total: int
     images: int
     as_pruned: float | None
     reestimated: float
     correct: str
-    seconds: float
-    warnings: list[str]
 
 
 @dataclass
@@ -103,62 +85,27 @@ def make_bench(model: nn.Module, calibration: list[Tensor], judged: Split, setti
     return Bench(model, calibration, shares, settings, told.hexdigest()[:16])
 
 
-@dataclass
-class Store:
-    """Results in a folder. problems: files that should be results, and why not."""
+class Store(Runs[Result]):
+    """See `Runs`."""
 
-    folder: Path
-    digest: str
-    problems: list[str]
-
-    def path(self, case: Case | None, draw: int) -> Path:
-        """Where a run's result belongs; no case: the dense model."""
-        name = "dense" if case is None else f"{case.variant} {case.pattern}"
-        plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        return self.folder / f"{plain}-{draw}-{self.digest[:8]}.json"
-
-    def find(self, case: Case | None, draw: int) -> Result | None:
-        """The result, if it is there and whole."""
-        path = self.path(case, draw)
-        if not path.exists():
-            return None
-        try:
-            found = Result.model_validate_json(path.read_bytes())
-        except ValueError as error:
-            self.problems.append(f"{path.name} is not a whole result ({str(error).splitlines()[0]}); it is run again")
-            return None
-        return found if found.key == self.digest else None
-
-    def save(self, case: Case | None, result: Result) -> None:
-        """The whole file or nothing."""
-        write_whole(self.path(case, result.draw), (json.dumps(result.model_dump()) + "\n").encode())
+    kind = Result
 
 
 def execute(bench: Bench, case: Case | None, draw: int) -> Result:
     """Prune a copy of the network, check it, and judge it; no case: judge it dense."""
     model, images = copy.deepcopy(bench.model), bench.calibration[draw]
-    method: dict[str, Any] = {}
-    said: list[str] = []
-    kept = total = sum(p.numel() for p in model.parameters())
     begin = time.perf_counter()
-    if case is not None:
-        chosen = case.build()
-        data = list(images[: bench.settings.solving].split(64)) if "data" in chosen.needs else None
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            sparsity = sparsify(model, chosen, data=data, only=chosen_sites(model), seed=draw)
-        check(model, sparsity)
-        said, method = sorted({str(each.message) for each in caught}), chosen.to_dict()
-        kept, total = sum(sparsity.kept(s) for s in sparsity.sites), sum(s.numel for s in sparsity.sites)
+    method = None if case is None else case.build()
+    done = pruned(model, method, lambda: list(images[: bench.settings.solving].split(64)), draw)
     seconds = 0.0 if case is None else time.perf_counter() - begin
     judged, batch = bench.judged[draw], bench.settings.batch
     own = float(judge(model, judged, batch).float().mean()) if draw == 0 or case is None else None
     right = judge(reestimated(model, images), judged, batch)
     return Result(
         key=bench.digest, variant="dense" if case is None else case.variant,
-        pattern="" if case is None else case.pattern, draw=draw, method=method, kept=kept, total=total,
+        pattern="" if case is None else case.pattern, draw=draw, **vars(done),
         images=len(judged), as_pruned=own, reestimated=float(right.float().mean()),
-        correct=base64.b64encode(np.packbits(right.numpy()).tobytes()).decode(), seconds=seconds, warnings=said,
+        correct=base64.b64encode(np.packbits(right.numpy()).tobytes()).decode(), seconds=seconds,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from statistics import median
 import numpy as np
 
 from rarefy.bench.cpu.grids import Grid, digits
+from rarefy.bench.one_shot import Cells
 from rarefy.bench.statistics import Difference, holm, interval, paired
 from rarefy.bench.vision.cases import REFITTED
 from rarefy.bench.vision.runs import Result, correct_of
@@ -24,21 +25,11 @@ LEVEL = 0.05
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(Cells):
     """Results by row and pattern, in order of calibration draws. dense: of the network as it was."""
 
     dense: Sequence[Result]
     results: Mapping[tuple[str, str], Sequence[Result]]
-
-    @property
-    def variants(self) -> list[str]:
-        """The rows, in order."""
-        return list(dict.fromkeys(variant for variant, _ in self.results))
-
-    @property
-    def patterns(self) -> list[str]:
-        """The columns, in order."""
-        return list(dict.fromkeys(pattern for _, pattern in self.results))
 
 
 def grids(table: Table) -> list[Grid]:
