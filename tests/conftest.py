@@ -11,8 +11,8 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-# beartype picks the items that it checks by random.getrandbits, in finalisers too, and the collector may call those while
-# hypothesis draws: the global generator would move under it. So beartype binds a generator of its own.
+# beartype picks the items that it checks by random.getrandbits, in finalisers too, and the collector may call those
+# while hypothesis draws: the global generator would move under it. So beartype binds a generator of its own.
 with mock.patch("random.getrandbits", random.Random(0).getrandbits):
     from beartype.door import is_bearable
 
