@@ -120,6 +120,11 @@ class AtLeast(Allocation):
         """As the allocation within."""
         return self._within.needs_scores
 
+    @property
+    def needs_inputs(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As the allocation within."""
+        return self._within.needs_inputs
+
     def check_scores(self, name: str, scores: Tensor) -> None:
         """As the allocation within."""
         self._within.check_scores(name, scores)

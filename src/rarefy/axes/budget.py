@@ -27,6 +27,8 @@ class Allocation(Value):
     """How many units each layer keeps. A new allocation overrides `split`, or `Proportional.demand`."""
 
     needs_scores: ClassVar[bool] = False
+    needs_inputs: ClassVar[bool] = False
+    """Whether counts, and the n of n:m, follow from what layers are given; `split` then raises."""
 
     def counts(self, layers: Sequence[Layer], sparsity: float, scores: Sequence[Tensor] | None = None) -> list[int]:
         """Units that each layer keeps, in the order of the layers.

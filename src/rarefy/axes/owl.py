@@ -42,6 +42,8 @@ class OWL(Allocation):
     width: Annotated[float, Field(ge=0, lt=1)] = 0.08
     group_width: Annotated[float, Field(ge=0)] = 2.0
 
+    needs_inputs = True
+
     def split(
         self, layers: Sequence[Layer], sparsity: float, scores: Sequence[Tensor] | None, pinned: Mapping[int, int]
     ) -> list[int]:

@@ -21,7 +21,8 @@ def allocate(
 ) -> dict[Site, int]:
     """Units of its pattern that each site keeps. `units`: pooled scores by site, for allocations that need them.
 
-    Patterns that fix their own count (n:m) ignore sparsity and allocation. Raises ValueError when sparsity is missing.
+    Patterns that fix their own count (n:m) ignore sparsity and allocation. Raises ValueError when sparsity is missing,
+    and for an allocation that follows inputs, which are not known here.
     """
     free = [s for s in sites if not s.pattern.fixed]
     found = {s: s.pattern.asked(s.pattern_shape, None) for s in sites if s.pattern.fixed}
@@ -34,6 +35,8 @@ def allocate(
         layers = [Layer(s.name, s.shape, s.pattern.units(s.pattern_shape), s.pattern) for s in free]
         scores = [units[s] for s in free] if units is not None and allocation.needs_scores else None
         found.update(zip(free, allocation.counts(layers, sparsity, scores), strict=True))
+    elif allocation.needs_inputs:
+        allocation.counts([], 0.0)  # raises: n:m or not
     return {site: found[site] for site in sites}
 
 

@@ -95,16 +95,16 @@ def planned(sites: list[Site], method: Any) -> tuple[Kind, ...]:
             if reason := pattern.fits(site.pattern_shape):
                 raise ValueError(f"{site.name!r}: {reason}")
     counts: dict[Site, int] = {}
-    if pattern is not None and allocation is not None and (pattern.fixed or not _waits(allocation)):
+    if pattern is not None and allocation is not None and _known(pattern, allocation):
         counts = choose.allocate(sites, allocation, method.sparsity, None)
     for site in sites:
         site.asked = counts.get(site)
     return by_kind([(site, asked_of(site), None) for site in sites])
 
 
-def _waits(allocation: Any) -> bool:
-    """Whether counts follow from scores or inputs (OWL), and are not known before the method runs."""
-    return allocation.needs_scores or hasattr(allocation, "by_block")
+def _known(pattern: Any, allocation: Any) -> bool:
+    """Whether counts follow from shapes alone, not from scores or inputs."""
+    return not allocation.needs_inputs and (pattern.fixed or not allocation.needs_scores)
 
 
 def asked_of(site: Site) -> int | None:

@@ -136,6 +136,18 @@ def test_owl_with_groups_varies_n():
     assert all(site.pattern.legal(site.mask) for site in s.sites)
 
 
+@pytest.mark.parametrize("allocation", ["owl", AtLeast("owl")])
+@pytest.mark.parametrize("asked", [{"sparsity": 0.5}, {"pattern": "2:4"}], ids=str)
+def test_owl_is_refused_by_methods_that_see_no_inputs(asked, allocation):
+    model = mlp()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="use it with Wanda, SparseGPT or ALPS"):
+        rarefy.sparsify(model, Magnitude(allocation=allocation, **asked))
+    with pytest.raises(ValueError, match="use it with Wanda, SparseGPT or ALPS"):
+        rarefy.sparsify(model, Refit(Magnitude(allocation=allocation, **asked)), data=batches())
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
 def test_outliers_are_counted_over_the_block():
     """Scores 8·1 (one) and 1 (seven of them): mean 15/8, twice that is 3.75: one of eight."""
     model = nn.Linear(4, 2, bias=False)

@@ -64,11 +64,11 @@ class Bench:
     digest: str
 
     def calibration(self, seed: int) -> list[dict[str, Tensor]]:
-        """Windows [16, length] drawn from the training text."""
+        """Windows [4, length] drawn from the training text: of few batches the walk repeats much to prove itself."""
         length = self.settings.length
         source = generator("language calibration", seed)
         first = torch.randint(len(self.training) - length + 1, (self.settings.samples, 1), generator=source)
-        return [{"input_ids": rows} for rows in self.training[first + torch.arange(length)].split(16)]
+        return [{"input_ids": rows} for rows in self.training[first + torch.arange(length)].split(4)]
 
 
 def open_bench(folder: Path, corpus: Corpus, settings: Settings) -> Bench:
