@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
 
+from rarefy.bench.cpu.document import LAYER
 from rarefy.bench.sentences.documents import Document, Engine
 from rarefy.bench.sentences.engines import DENSE
 from rarefy.bench.sentences.table import shapes_of
@@ -63,7 +64,12 @@ def _panel(shape: str, shown: Sequence[Engine], colours: dict[str, str]) -> Iter
         filled = colour if each.model != DENSE else "#fff"
         yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{filled}" stroke="{colour}" stroke-width="2"/>'
         turned = f"rotate(-35 {x:.1f} {y:.1f})"  # points of one model lie side by side: so do their names
-        yield f'<text x="{x + 7:.1f}" y="{y + 3:.1f}" transform="{turned}">{escape(each.engine)}</text>'
+        yield f'<text x="{x + 7:.1f}" y="{y + 3:.1f}" transform="{turned}">{escape(_named(each))}</text>'
+
+
+def _named(each: Engine) -> str:
+    """Sparse models run on packed layers alone, so that their values say enough."""
+    return each.engine if each.model == DENSE else each.engine.removeprefix(f"{LAYER} ")
 
 
 def _axes(place: Place, low: float, high: float, floor: float) -> Iterator[str]:
