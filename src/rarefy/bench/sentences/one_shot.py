@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rarefy.bench.one_shot import asked
+from rarefy.bench.one_shot import pruned as prune
 from rarefy.bench.sentences.documents import OneShot
 from rarefy.bench.sentences.encoder import Encoder
 from rarefy.bench.sentences.judge import Judge
 from rarefy.core.method import Method
-from rarefy.core.sparsify import sparsify
-from rarefy.io.prune import chosen_sites
 from rarefy.methods import ALPS, Magnitude, Random, SparseGPT, Wanda
 
 __all__ = ["METHODS", "PATTERNS", "Case", "cases", "execute", "method_of", "pruned"]
@@ -55,27 +54,11 @@ def method_of(case: Case) -> Method:
     return METHODS[case.method](**asked(case.pattern), allocation="uniform")
 
 
-def share_of(pattern: str) -> float:
-    """The share of zeros.
-
-    >>> share_of("80 %"), share_of("2:4")
-    (0.8, 0.5)
-    """
-    if ":" in pattern:
-        kept, of = map(int, pattern.split(":"))
-        return 1 - kept / of
-    return float(pattern.removesuffix(" %")) / 100
-
-
 def pruned(encoder: Encoder, case: Case, data: list[dict[str, Tensor]]) -> tuple[Encoder, int, int]:
     """A pruned copy, weights kept and weights there were in what was pruned."""
     made = copy.deepcopy(encoder)
-    method = method_of(case)
-    given = data if "data" in method.needs else None
-    handle = sparsify(made.model, method, data=given, only=chosen_sites(made.model))
-    kept, total = sum(handle.kept(site) for site in handle.sites), sum(site.numel for site in handle.sites)
-    handle.end()
-    return made, kept, total
+    done = prune(made.model, method_of(case), lambda: data, seed=0)
+    return made, done.kept, done.total
 
 
 def execute(encoder: Encoder, case: Case, data: list[dict[str, Tensor]], judge: Judge) -> OneShot:
