@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,26 +44,30 @@ def asked(pattern: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Pruning:
-    """What a method did: itself as a value, weights kept of those there were in what it pruned, and its warnings."""
+    """What a method did: itself as a value, weights kept of those there were in what it pruned, its warnings, and the
+    seconds that the pruning took (of the data and of the check nothing)."""
 
     method: dict[str, Any]
     kept: int
     total: int
     warnings: list[str]
+    seconds: float
 
 
 def pruned(model: nn.Module, method: Method | None, data: Callable[[], Any], seed: int) -> Pruning:
     """Prune a model in place, and check it. method None: it stays dense. data: makes batches, where any are needed."""
     if method is None:
         count = sum(p.numel() for p in model.parameters())
-        return Pruning({}, count, count, [])
+        return Pruning({}, count, count, [], 0.0)
     given = data() if "data" in method.needs else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        begin = time.perf_counter()
         sparsity = sparsify(model, method, data=given, only=chosen_sites(model), seed=seed)
+        seconds = time.perf_counter() - begin
     check(model, sparsity)
     kept, total = sum(sparsity.kept(s) for s in sparsity.sites), sum(s.numel for s in sparsity.sites)
-    return Pruning(method.to_dict(), kept, total, sorted({str(each.message) for each in caught}))
+    return Pruning(method.to_dict(), kept, total, sorted({str(each.message) for each in caught}), seconds)
 
 
 @runtime_checkable

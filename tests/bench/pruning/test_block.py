@@ -3,9 +3,19 @@ import copy
 import pytest
 import torch
 
+from rarefy.bench.environment import environment
 from rarefy.bench.pruning.__main__ import main
 from rarefy.bench.pruning.blocks import Shape, make
-from rarefy.bench.pruning.document import Masks, Row, block_goals, block_grid, mask_grid
+from rarefy.bench.pruning.document import (
+    Document,
+    Masks,
+    Row,
+    block_goals,
+    block_grid,
+    footer,
+    mask_grid,
+    read_document,
+)
 from rarefy.bench.pruning.reference import quota, reference_block
 from rarefy.bench.pruning.sides import METHODS, SIDES, compare_masks, peak, rarefy_block, run_side
 
@@ -87,6 +97,7 @@ def test_the_tables_tell_the_figures():
         (
             "1024, 64k tokens, float32",
             "SparseGPT 50 %",
+            "3",
             "2 (2)",
             "0.9 (0.8)",
             "0.40",
@@ -99,6 +110,40 @@ def test_the_tables_tell_the_figures():
         ),
     )
     assert mask_grid([row()]).rows == (("1024, float32", "SparseGPT", "3 of 100", "1", "2.0e-06"),)
+
+
+def document(**changed):
+    where = environment(threads=1, flush_denormal=False)
+    return Document(quick=False, when="now", environment=where.model_copy(update=changed))
+
+
+def test_blocks_are_measured_one_by_one(tmp_path):
+    path = tmp_path / "prune.json"
+    first = read_document(path, document())
+    for each in (row(width=2048), row(method="Wanda"), row(), row(method="Wanda", peak={"reference": 9, "rarefy": 8})):
+        first.put(each)
+    assert [(each.width, each.method) for each in first.rows] == [
+        (1024, "Wanda"), (1024, "SparseGPT"), (2048, "SparseGPT")
+    ]  # fmt: skip
+    assert first.rows[0].peak["rarefy"] == 8
+    assert len(first.goals) == 12
+    first.write(path)
+    again = read_document(path, document().model_copy(update={"when": "later"}))
+    assert again.rows == first.rows
+    assert again.when == "later"
+    once = {"reference": [1.0], "rarefy": [1.0]}
+    again.put(row(width=2048, solver=once, whole=once))
+    assert "; 1 or 3 rounds" in footer(again)
+
+
+@pytest.mark.parametrize("changed", [{"code": "other"}, {"threads": 2}, {"instructions": "none"}])
+def test_rows_of_other_code_or_settings_do_not_stay(tmp_path, changed):
+    first = document(**changed)
+    first.put(row())
+    first.write(tmp_path / "prune.json")
+    assert read_document(tmp_path / "prune.json", document()).rows == []
+    (tmp_path / "prune.json").write_text("{")
+    assert read_document(tmp_path / "prune.json", document()).rows == []
 
 
 def test_an_unknown_width_is_refused():

@@ -74,13 +74,14 @@ def test_the_table_has_all_parts_and_goes_on(made, monkeypatch, capsys):
     assert {
         ("dense", "torch fp32"),
         ("distilled 80 %", "rarefy int8"),
-        ("SparseGPT 2:4", "rarefy fp32"),
+        ("ALPS 2:4", "rarefy fp32"),
     } <= timed.keys()
     assert all(set(each.times) == {"1×8", "2×8"} and each.quality for each in timed.values())
     assert timed["dense", "torch fp32"].quality.recall == 1
     text = path.with_suffix(".md").read_text()
     assert "distilled 80 %" in text
     assert "| Random |" in text
+    assert "1×8: none is both faster and nearer than " in text
     picture = path.with_suffix(".svg").read_text()
     assert picture.startswith("<svg")
     assert picture.count("batch ") == 2

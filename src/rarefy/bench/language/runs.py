@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,13 +107,13 @@ class Store(Runs[Result]):
 def execute(bench: Bench, case: Case | None, seed: int) -> Result:
     """Prune a fresh copy of the model, check it, and judge it; no case: judge it dense."""
     model = read_model(bench.folder).eval()
-    before, begin = reset_high_water(), time.perf_counter()
+    before = reset_high_water()
     done = pruned(model, None if case is None else case.build(), lambda: bench.calibration(seed), seed)
-    seconds, peak = time.perf_counter() - begin, high_water() - before
+    peak = high_water() - before
     found = perplexity(model, bench.judged, batch=16)
     return Result(
         key=bench.digest, variant="dense" if case is None else case.variant,
         pattern="" if case is None else case.pattern, seed=seed, **vars(done),
         perplexity=found.value, low=found.low, high=found.high, top1=found.top1, nll=list(found.nll_per_window),
-        seconds=0.0 if case is None else seconds, peak=0 if case is None else peak,
+        peak=0 if case is None else peak,
     )  # fmt: skip

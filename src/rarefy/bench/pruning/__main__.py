@@ -19,7 +19,7 @@ from rarefy.bench.cpu.progress import Steps, steps_bar
 from rarefy.bench.environment import environment
 from rarefy.bench.files import write_whole
 from rarefy.bench.pruning.blocks import FULL, QUICK, Model, Shape, make
-from rarefy.bench.pruning.document import Document, Masks, Row, block_goals, block_grid, footer, mask_grid
+from rarefy.bench.pruning.document import Document, Masks, Row, block_grid, footer, mask_grid, read_document
 from rarefy.bench.pruning.sides import METHODS, SIDES, Method, Pruned, compare_masks, peak, run_side
 
 __all__ = ["block", "main"]
@@ -38,7 +38,8 @@ def block(
     """Llama-shaped blocks pruned by Wanda and SparseGPT: rarefy beside straightforward implementations.
 
     Args:
-        json: the document that is written; the tables go beside it, as Markdown.
+        json: the document that is written; the tables go beside it, as Markdown. Other blocks that it has already,
+            by this code on this machine, stay.
         quick: small blocks, a minute.
         rounds: of timing, in each both sides, in turn.
         threads: of both sides.
@@ -55,13 +56,12 @@ def block(
             raise SystemExit(f"--tokens {tokens}: whole sequences of 2048, such as {max(1, tokens // 2048) * 2048}")
         shapes = [replace(shape, tokens=tokens) for shape in shapes]
     where = environment(threads=threads, flush_denormal=False)
-    document = Document(quick=quick, when=now(), rounds=rounds, environment=where)
+    document = read_document(json, Document(quick=quick, when=now(), environment=where))
     with steps_bar(sum(_work(shape, rounds) for shape in shapes)) as bar:
         for shape in shapes:
             model, batches = make(shape)
             for method in METHODS:
-                document.rows.append(_measure(shape, method, model, batches, rounds, threads, quick, bar))
-                document.goals = block_goals(document.rows)
+                document.put(_measure(shape, method, model, batches, rounds, threads, quick, bar))
                 _write(document, json)  # an hour of work is not lost with the last row
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(rich_grids([block_grid(document.rows), mask_grid(document.rows), goal_grid(document.goals)]))

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rarefy.bench.cpu.document import Goal
 from rarefy.bench.cpu.grids import Grid, digits
 from rarefy.bench.environment import Environment
 from rarefy.bench.files import write_whole
 
-__all__ = ["Document", "Masks", "Row", "block_goals", "block_grid", "footer", "mask_grid"]
+__all__ = ["Document", "Masks", "Row", "block_goals", "block_grid", "footer", "mask_grid", "read_document"]
 
 TIE = 1e-6
 MOST = {"solver": {"Wanda": 0.5, "SparseGPT": 0.5}, "whole": {"Wanda": 1.0, "SparseGPT": 0.85}, "memory": 0.6}
@@ -52,6 +53,11 @@ class Row(_Model):
     peak: dict[str, int]
     masks: list[Masks]
 
+    @property
+    def key(self) -> tuple[int, int, str, str, float]:
+        """What was measured."""
+        return self.width, self.tokens, self.dtype, self.method, self.sparsity
+
     def ratio(self, what: str) -> float:
         """rarefy over the reference: the median over rounds."""
         both = self.solver if what == "solver" else self.whole
@@ -64,12 +70,11 @@ class Row(_Model):
 
 
 class Document(_Model):
-    """One run of the benchmark."""
+    """The benchmark's rows, of one run or of several (see `read_document`). when: the last of them."""
 
-    schema_version: int = 1
+    schema_version: Literal[2] = 2
     quick: bool
     when: str
-    rounds: int
     environment: Environment
     rows: list[Row] = []
     goals: list[Goal] = []
@@ -78,13 +83,34 @@ class Document(_Model):
         """The whole document or nothing."""
         write_whole(path, (self.model_dump_json(indent=1) + "\n").encode())
 
+    def put(self, row: Row) -> None:
+        """Add a row, in the place of an earlier one of the same block and method; the least wide come first."""
+        if any(each.key == row.key for each in self.rows):
+            self.rows = [row if each.key == row.key else each for each in self.rows]
+        else:
+            self.rows = sorted([*self.rows, row], key=lambda each: (each.width, each.tokens))
+        self.goals = block_goals(self.rows)
+
+
+def read_document(path: Path, fresh: Document) -> Document:
+    """What an earlier run for other blocks wrote to `path`, brought up to date; `fresh` where there is none, or one of
+    other code, another machine or other settings."""
+    try:
+        found = Document.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return fresh
+    if (found.quick, found.environment.decisive()) != (fresh.quick, fresh.environment.decisive()):
+        return fresh
+    return found.model_copy(update={"when": fresh.when})
+
 
 def footer(document: Document) -> str:
     """Under which conditions the figures were taken, and what they mean."""
     where = document.environment
+    rounds = " or ".join(map(str, sorted({len(row.whole["rarefy"]) for row in document.rows})))
     return (
         f"{where.processor}, {where.threads} threads, torch {where.torch}, rarefy {where.rarefy}; "
-        f"{document.rounds} rounds, both sides in turn, {document.when}{', quick' if document.quick else ''}. One "
+        f"{rounds} rounds, both sides in turn, {document.when}{', quick' if document.quick else ''}. One "
         "Llama block (random weights, four query heads a key head), both sides in the same dtype on the same "
         "sequences, each on a copy of its own. Solver: from the end of the first run of all sequences to the "
         "beginning of the second; whole block: both runs and it. Times are medians (least) of rounds, ratios medians "
@@ -97,8 +123,8 @@ def footer(document: Document) -> str:
 def block_grid(rows: Sequence[Row]) -> Grid:
     """Seconds, bytes and ratios."""
     columns = (
-        "block", "method", "solver s: reference", "rarefy", "ratio", "whole block s: reference", "rarefy", "ratio",
-        "peak MB: reference", "rarefy", "ratio",
+        "block", "method", "rounds", "solver s: reference", "rarefy", "ratio", "whole block s: reference", "rarefy",
+        "ratio", "peak MB: reference", "rarefy", "ratio",
     )  # fmt: skip
     return Grid("Pruning one block", columns, tuple(tuple(_cells(row)) for row in rows), left=2)
 
@@ -106,6 +132,7 @@ def block_grid(rows: Sequence[Row]) -> Grid:
 def _cells(row: Row) -> Iterator[str]:
     yield f"{row.width}, {row.tokens // 1024}k tokens, {row.dtype}"
     yield f"{row.method} {100 * row.sparsity:g} %"
+    yield f"{len(row.whole['rarefy'])}"
     for what, both in (("solver", row.solver), ("whole", row.whole)):
         for side in ("reference", "rarefy"):
             yield f"{digits(median(both[side]))} ({digits(min(both[side]))})"

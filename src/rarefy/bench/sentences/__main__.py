@@ -40,7 +40,7 @@ from rarefy.io.prove import check_directory
 Part = Literal["one-shot", "distilled", "quality", "speed"]
 PARTS: tuple[Part, ...] = ("one-shot", "distilled", "speed", "quality")
 FEW = {"engines": (1000, 200), "one-shot": (2000, 300)}  # sentences and queries, where many settings are compared
-PACKED = ("50 %", "70 %", "2:4")  # of those pruned in one shot by SparseGPT
+PACKED = ("50 %", "70 %", "2:4")  # of those pruned in one shot, by the method that leaves most
 
 
 def train(
@@ -200,14 +200,14 @@ def _speed(bench: _Bench, document: Document, bar: Steps, asked: _Asked) -> None
 
 
 def _models(bench: _Bench) -> list[Model]:
-    """Those distilled, and those that SparseGPT pruned."""
+    """Those distilled, and those that ALPS pruned."""
     found = []
     for folder in distilled(bench.out):
         sparsity = float(folder.name.removeprefix("sparse-")) / 100
         found.append(Model(_title(folder), open_encoder(folder)[0], sparsity))
     for pattern in ("2:4",) if bench.quick else PACKED:
-        made, kept, total = one_shot.pruned(bench.dense.encoder, one_shot.Case("SparseGPT", pattern), bench.data())
-        found.append(Model(f"SparseGPT {pattern}", made, 1 - kept / total, ("fp32", "int8")))
+        made, done = one_shot.pruned(bench.dense.encoder, one_shot.Case("ALPS", pattern), bench.data())
+        found.append(Model(f"ALPS {pattern}", made, 1 - done.kept / done.total, ("fp32", "int8")))
     return found
 
 

@@ -20,13 +20,14 @@ class _Model(BaseModel):
 
 
 class OneShot(_Model):
-    """An encoder pruned without training. seconds: of pruning."""
+    """An encoder pruned without training. seconds, warnings: of pruning."""
 
     method: str
     pattern: str
     kept: int
     total: int
     seconds: float
+    warnings: list[str] = []
     quality: Quality
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from rarefy.bench.one_shot import asked
+from rarefy.bench.one_shot import Pruning, asked
 from rarefy.bench.one_shot import pruned as prune
 from rarefy.bench.sentences.documents import OneShot
 from rarefy.bench.sentences.encoder import Encoder
@@ -54,18 +53,16 @@ def method_of(case: Case) -> Method:
     return METHODS[case.method](**asked(case.pattern), allocation="uniform")
 
 
-def pruned(encoder: Encoder, case: Case, data: list[dict[str, Tensor]]) -> tuple[Encoder, int, int]:
-    """A pruned copy, weights kept and weights there were in what was pruned."""
+def pruned(encoder: Encoder, case: Case, data: list[dict[str, Tensor]]) -> tuple[Encoder, Pruning]:
+    """A pruned copy, and what was done to it."""
     made = copy.deepcopy(encoder)
-    done = prune(made.model, method_of(case), lambda: data, seed=0)
-    return made, done.kept, done.total
+    return made, prune(made.model, method_of(case), lambda: data, seed=0)
 
 
 def execute(encoder: Encoder, case: Case, data: list[dict[str, Tensor]], judge: Judge) -> OneShot:
     """Prune a copy and judge it."""
-    begun = time.perf_counter()
-    made, kept, total = pruned(encoder, case, data)
-    seconds = round(time.perf_counter() - begun, 2)
+    made, done = pruned(encoder, case, data)
     return OneShot(
-        method=case.method, pattern=case.pattern, kept=kept, total=total, seconds=seconds, quality=judge(made)
+        method=case.method, pattern=case.pattern, kept=done.kept, total=done.total, seconds=round(done.seconds, 2),
+        warnings=done.warnings, quality=judge(made),
     )  # fmt: skip

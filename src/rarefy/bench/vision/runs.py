@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import copy
 import hashlib
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,10 +93,8 @@ class Store(Runs[Result]):
 def execute(bench: Bench, case: Case | None, draw: int) -> Result:
     """Prune a copy of the network, check it, and judge it; no case: judge it dense."""
     model, images = copy.deepcopy(bench.model), bench.calibration[draw]
-    begin = time.perf_counter()
     method = None if case is None else case.build()
     done = pruned(model, method, lambda: list(images[: bench.settings.solving].split(64)), draw)
-    seconds = 0.0 if case is None else time.perf_counter() - begin
     judged, batch = bench.judged[draw], bench.settings.batch
     own = float(judge(model, judged, batch).float().mean()) if draw == 0 or case is None else None
     right = judge(reestimated(model, images), judged, batch)
@@ -105,7 +102,7 @@ def execute(bench: Bench, case: Case | None, draw: int) -> Result:
         key=bench.digest, variant="dense" if case is None else case.variant,
         pattern="" if case is None else case.pattern, draw=draw, **vars(done),
         images=len(judged), as_pruned=own, reestimated=float(right.float().mean()),
-        correct=base64.b64encode(np.packbits(right.numpy()).tobytes()).decode(), seconds=seconds,
+        correct=base64.b64encode(np.packbits(right.numpy()).tobytes()).decode(),
     )  # fmt: skip
 
 

@@ -1,11 +1,15 @@
-"""From what is observed to statistics: one accumulator for every set of rows, shared by those that read one tensor."""
+"""From what is observed to statistics: one accumulator for every set of rows, shared by those that read one tensor.
+
+Only inputs are asked for, so that a block's last product need not be carried out. Which one is the last is learnt from
+the first run; should a later run go another way, the pass starts anew without this.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -18,8 +22,17 @@ from rarefy.core.sites import Site
 _RECENT = 4  # inputs remembered, so that the next matrices that read the same one are recognised
 
 
-class Unshared(BaseException):
-    """Matrices that shared their inputs no longer do: the pass must start again. No model may catch it."""
+class Again(BaseException):
+    """The pass must start anew, with what is now `Known`. No model may catch it."""
+
+
+@dataclass
+class Known:
+    """What earlier passes told of a block. separate: rows that do not share inputs, though they seemed to at first.
+    whole: that its runs cannot be cut short."""
+
+    separate: set[Rows] = field(default_factory=set[Rows])
+    whole: bool = False
 
 
 @dataclass
@@ -48,29 +61,56 @@ class _Input:
 
 
 class Collector:
-    """A sink of the Observer. `separate`: rows known not to share; grown when `Unshared` is raised."""
+    """A sink of the Observer, for the inputs of `sites`. `known` grows when `Again` is raised."""
 
-    def __init__(self, gram: torch.dtype | None, separate: set[Rows] | None = None) -> None:
+    def __init__(self, gram: torch.dtype | None, sites: Sequence[Site], known: Known) -> None:
         self.gram = gram
-        self.separate: set[Rows] = set() if separate is None else separate
         self.sequences = 1
+        self._sites, self._known = sites, known
         self._slots: dict[Rows, _Slot] = {}
         self._recent: deque[_Input] = deque(maxlen=_RECENT)
+        self._reached = 0  # in this run
+        self._all = math.inf if known.whole else 0  # how often in a run; 0 before the first one
+        self._cut = False
 
     def begin(self, sequences: int) -> None:
         """A run begins, with a batch of so many sequences."""
         self.sequences = sequences
+        self._reached, self._cut = 0, False
         self._recent.clear()
 
     def end(self) -> None:
-        """A run is over. Raises Unshared when rows that share were not called as often as each other."""
+        """A run is over. Raises Again when rows that share were not called as often as each other."""
         self._recent.clear()
         for rows, slot in self._slots.items():
             if slot.calls != self._slots[slot.leader].calls:
                 self._unshare(rows)
+        if not self._all:
+            once = all(slot.calls == 1 for slot in self._slots.values()) and all(map(self.seen, self._sites))
+            self._all = len(self._slots) if once else math.inf
+
+    def over(self) -> bool:
+        """See Sink."""
+        self._cut = self._cut or self._reached >= self._all > 0
+        return self._cut
+
+    def failed(self) -> None:
+        """A run ended in an exception. Raises Again where that may come from its being cut short."""
+        if self._cut:
+            self._run_whole()
+
+    def _count(self) -> None:
+        if self._cut:  # what comes now was computed from what is not there
+            self._run_whole()
+        self._reached += 1
+
+    def _run_whole(self) -> None:
+        self._known.whole = True
+        raise Again
 
     def take(self, rows: Rows, source: Tensor, recipe: object, make: Callable[[], Iterator[Tensor]]) -> None:
         """See Sink."""
+        self._count()
         twin = next((i.leader for i in self._recent if i.is_read_by(source, recipe)), None)
         slot = self._slots.get(rows)
         if slot is None:
@@ -86,9 +126,10 @@ class Collector:
 
     def reached(self, rows: Rows) -> None:
         """See Sink. No token is no statistics."""
+        self._count()
 
     def _new_slot(self, rows: Rows, recipe: object, source: Tensor, twin: Rows | None) -> _Slot:
-        if twin is not None and rows not in self.separate and self._slots[twin].calls == 1:
+        if twin is not None and rows not in self._known.separate and self._slots[twin].calls == 1:
             return _Slot(self._slots[twin].accumulator, twin)
         groups = int(getattr(recipe, "groups", 1))
         return _Slot(Accumulator(rows.width, matrices=groups, gram=self.gram, device=source.device), rows)
@@ -101,14 +142,14 @@ class Collector:
         return cast(Any, x).unflatten(0, (self.sequences, -1)) if known else x[None]
 
     def _unshare(self, rows: Rows) -> None:
-        self.separate.add(rows)
-        raise Unshared
+        self._known.separate.add(rows)
+        raise Again
 
     def seen(self, site: Site) -> bool:
         """Whether any input of the site was observed."""
         return any(rows.site is site for rows in self._slots)
 
-    def finish(self, sites: Sequence[Site]) -> dict[Site, list[Statistics]]:
+    def finish(self) -> dict[Site, list[Statistics]]:
         """For each site the statistics of its matrices: equal shares of its rows; one object where they share.
 
         A matrix that saw no token has tokens = 0 and no gram. Raises ValueError for NaN or infinite inputs.
@@ -119,7 +160,7 @@ class Collector:
                 slot.accumulator.refuse_infinite(rows.site.name)
                 results[id(slot.accumulator)] = slot.accumulator.result()
         found: dict[Site, list[Statistics]] = {}
-        for site in sites:
+        for site in self._sites:
             slots = {rows: results[id(s.accumulator)] for rows, s in self._slots.items() if rows.site is site}
             found[site] = _of_site(site, slots)
         self._slots.clear()

@@ -29,6 +29,10 @@ class Sink(Protocol):
     def reached(self, rows: Rows) -> None:
         """Ran, with no token at all."""
 
+    def over(self) -> bool:
+        """Whether nothing that comes in this run is asked for: products are not carried out, but give zeros."""
+        ...
+
 
 class Observer(TorchDispatchMode):
     """Inside `with Observer(operands, sink)` the inputs of all weights in `operands` go to `sink`."""
@@ -43,6 +47,8 @@ class Observer(TorchDispatchMode):
         look = _LOOKS.get(packet) or (_grouped if packet.__name__ == "grouped_mm_fallback" else None)
         if look is not None:
             look(self, *args, **kwargs)
+            if func in _LEFT_OUT and self._sink.over():
+                return args[-2].new_zeros(args[-2].shape[0], args[-1].shape[1])
         output = func(*args, **kwargs)
         if packet is _aten._to_copy:
             self._operands.follow(args[0], output)
@@ -130,6 +136,9 @@ def _grouped(observer: Observer, x: Tensor, weight: Tensor, offs: Tensor | None 
         observer.matrix(x[start:stop], weight[matrix])
         start = stop
 
+
+_LEFT_OUT = {_aten.mm.default, _aten.addmm.default}
+"""Products that need not be carried out: those of ordinary layers, whose results have a shape that is known."""
 
 _LOOKS: dict[Any, Callable[..., None]] = {
     _aten.mm: _mm,

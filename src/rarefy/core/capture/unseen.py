@@ -43,6 +43,10 @@ class Order:
         self.first.setdefault(rows.site, self._now)
         self._last[rows.site] = self._now
 
+    def over(self) -> bool:
+        """See Sink. All of a run is asked for."""
+        return False
+
     def _ends(self, module: nn.Module, *_: Any) -> None:
         self._ended.setdefault(module, []).append(self._now)
 

@@ -25,9 +25,9 @@ from torch import nn
 
 from rarefy.core.capture.batches import Batch, Calibration
 from rarefy.core.capture.blocks import Block, Chain, chains_of
-from rarefy.core.capture.collect import Collector, Unshared
+from rarefy.core.capture.collect import Again, Collector, Known
 from rarefy.core.capture.observe import Observer
-from rarefy.core.capture.operands import Operands, Rows
+from rarefy.core.capture.operands import Operands
 from rarefy.core.capture.record import Refused
 from rarefy.core.capture.replay import Replay
 from rarefy.core.capture.runs import quiet, run
@@ -154,18 +154,18 @@ class _Walk:
         return lambda batch: run(self.model, self.batches[batch], until)
 
     def collect(self, block: Block, run_batch: Callable[[int], None]) -> dict[Site, list[Statistics]]:
-        """Statistics of the block's sites from a run of all batches; again where sites turn out not to share inputs."""
-        separate: set[Rows] = set()
+        """Statistics of the block's sites of a run of all batches; again where the first one misled."""
+        known = Known()
         while True:
-            collector = Collector(self.gram, separate)
+            collector = Collector(self.gram, block.sites, known)
             try:
                 ran = self._observe(block, collector, run_batch)
-            except Unshared:
+            except Again:
                 continue
             for site in block.sites:
                 if not collector.seen(site):
                     ran.refuse_unseen(site)
-            return collector.finish(block.sites)
+            return collector.finish()
 
     def _observe(self, block: Block, collector: Collector, run_batch: Callable[[int], None]) -> Ran:
         tell = self._teller(f"{block.name}: inputs")
@@ -173,7 +173,11 @@ class _Walk:
         with quiet(self.model), ran, Observer(operands, collector):
             for index, batch in enumerate(self.batches):
                 collector.begin(batch.sequences)
-                run_batch(index)
+                try:
+                    run_batch(index)
+                except Exception:
+                    collector.failed()
+                    raise
                 collector.end()
                 tell(index)
         return ran
