@@ -76,7 +76,10 @@ def raw(t: Tensor) -> np.ndarray:
 
 def check_clear(tensor: Tensor, mask: Tensor, keep: Tensor | None = None) -> None:
     before, version = raw(tensor).copy(), tensor._version
-    bits.clear_(tensor, bits.encode(mask, tensor) if keep is None else keep)
+    keep = bits.encode(mask, tensor) if keep is None else keep
+    assert bits.is_clear(tensor, keep) == bool(np.all(mask.numpy() | (before == 0)))
+    bits.clear_(tensor, keep)
+    assert bits.is_clear(tensor, keep)
     np.testing.assert_array_equal(raw(tensor), np.where(mask.numpy(), before, 0))
     assert tensor._version == version + 1
 

@@ -47,6 +47,20 @@ def test_masks_take_a_bit(tmp_path: Path):
     assert (tmp_path / "00000.safetensors").stat().st_size < 1000 * 800 // 8 + 1000
 
 
+@pytest.mark.parametrize("tensor", [torch.randn(300, 7), torch.rand(9) > 0.5, torch.zeros(0, 3), torch.tensor(2.0)])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.int8])
+def test_what_is_spilled_is_the_same_and_nobody_elses(tmp_path: Path, tensor: torch.Tensor, dtype: torch.dtype | None):
+    tensor = tensor if dtype is None else tensor.to(dtype)
+    journal = Journal(tmp_path, SETTINGS, lean=True)
+    before = sorted(tmp_path.iterdir())
+    a, b = journal.spill(tensor), journal.spill(tensor)
+    assert a.dtype == tensor.dtype
+    assert torch.equal(a, tensor)
+    a.zero_()
+    assert torch.equal(b, tensor)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_other_settings_are_refused_and_named(tmp_path: Path):
     Journal(tmp_path, SETTINGS).keep("block", some(0))
     for other, says in (

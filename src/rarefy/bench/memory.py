@@ -1,12 +1,12 @@
 """The most memory that a process has held, since it began or since it was asked last."""
 
 import contextlib
-import ctypes
-import gc
 import re
 import resource
 import sys
 from pathlib import Path
+
+from rarefy.core.memory import give_back
 
 __all__ = ["high_water", "reset_high_water"]
 
@@ -17,9 +17,7 @@ def reset_high_water() -> int:
     What was freed before is given back to the system first (by glibc), so that it does not hide what comes. Where the
     system has no such mark (it is Linux's clear_refs) it stands as it is.
     """
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return high_water()

@@ -48,6 +48,23 @@ def clear_(tensor: Tensor, keep: Tensor) -> None:
         _clear_by_torch(tensor, keep)
 
 
+def is_clear(tensor: Tensor, keep: Tensor) -> bool:
+    """Whether `clear_` would change nothing: `tensor` is +0.0 wherever `keep` is 0.
+
+    >>> weight = torch.tensor([1.0, 0.0, -0.0])
+    >>> is_clear(weight, encode(torch.tensor([True, False, True]), weight)), is_clear(weight, weight.to(torch.int8))
+    (True, False)
+    """
+    found, keep = as_bits(tensor), keep.expand_as(tensor)
+    if found.ndim == 0:
+        found, keep = found[None], keep[None]
+    rows = max(1, _CHUNK // max(1, found[0].numel())) if len(found) else 1
+    for row in range(0, len(found), rows):
+        if bool(found[row : row + rows].ne(0).logical_and_(keep[row : row + rows].eq(0)).any()):
+            return False
+    return True
+
+
 def _shared(tensor: Tensor) -> bool:
     """Whether torch's threads together move more bytes than the kernel's one: large tensors, with many threads."""
     return tensor.numel() >= _LARGE and torch.get_num_threads() >= _MANY

@@ -44,21 +44,27 @@ def _apply(s: rarefy.core.sparsity.Sparsity, site: Site, mask: Tensor, trainable
     held = site.held
     flips = bits.count(bits.differ(site.mask, mask))
     before = held.train
+    lean = s.journal is not None and s.journal.lean
     held.set(mask, trainable)
+    if s.journal is not None and lean:
+        held.move(s.journal.spill)
     if site.master is not None:
         with torch.no_grad():
             local(site.parameter).copy_(site.master)
         _move_state(s, held, before)
         _clear(held)
     else:  # zeros first: state that copies the weight follows what it becomes
-        _clear(held)
+        _clear(held, unless_clear=lean)  # what is not written to stays the file's that it is a map of
         _move_state(s, held, before)
     for follower in site.followers:
         before = follower.train
         follow(site, follower, mask)
         _clear(follower)
         _move_state(s, follower, before)
-    _note_explored(s, site, site.explored_bits(), bits.pack(mask).cpu())
+    packed = bits.pack(mask).cpu()
+    if s.journal is not None and lean:
+        packed = s.journal.spill(packed)
+    _note_explored(s, site, site.explored_bits(), packed)
     return flips
 
 
@@ -76,8 +82,9 @@ def follow(site: Site, follower: Held, mask: Tensor) -> None:
     follower.set(rows)
 
 
-def _clear(held: Held) -> None:
-    held.clear_weight()
+def _clear(held: Held, *, unless_clear: bool = False) -> None:
+    if not (unless_clear and held.is_clear()):
+        held.clear_weight()
     held.remask_gradient()
 
 

@@ -110,6 +110,16 @@ class Held:
             return None
         return bits.encode(shard(mask, self.parameter), local(self.parameter))
 
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        """Let the masks be what `to` makes of them, the same elsewhere."""
+        same = self.train is self.keep
+        self.keep = None if self.keep is None else to(self.keep)
+        self.train = self.keep if same else None if self.train is None else to(self.train)
+
+    def is_clear(self) -> bool:
+        """Whether the weight is +0.0 wherever the mask is false already; nothing is written."""
+        return self.keep is None or bits.is_clear(local(self.parameter), self.keep)
+
     def clear_weight(self) -> None:
         """+0.0 wherever the mask is false.
 

@@ -32,6 +32,15 @@ class Journal(Protocol):
         """Note a block as finished."""
         ...
 
+    @property
+    def lean(self) -> bool:
+        """Whether finished weights, and masks, leave memory for its disk: for models that do not fit into memory."""
+        ...
+
+    def spill(self, tensor: Tensor) -> Tensor:
+        """The same on its disk, mapped."""
+        ...
+
 
 T = TypeVar("T", bound="type[Method] | type[Driver]")
 

@@ -110,14 +110,15 @@ def _begin(s: Sparsity, data: Iterable[Any] | None, loss: Loss | None, steps: in
     """Choose the first masks. Whatever raises leaves the model untouched: masks are staged until all are known."""
     s.steps, s.data, s.loss = steps, data, loss
     for site in s.sites:
-        s.keep(site, torch.ones_like(site.mask))  # what begin() passes over stays dense
+        kept = torch.ones((), dtype=torch.bool, device=site.parameter.device)
+        s.keep(site, kept.expand(site.stored_shape))  # what begin() passes over stays dense
         if "master" in s.method.needs:
             site.master = local(site.parameter).detach().clone()
     try:
         s.method.begin(s)
+        s.commit()
     finally:
         s.data = s.loss = s.progress = s.journal = None
-    s.commit()
 
 
 def _fit_pattern(s: Sparsity, model: nn.Module) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rarefy.axes import Layout
 from rarefy.core import Site, Sparsity
+from rarefy.core.memory import give_back
 from rarefy.io.directory import loader
 from rarefy.io.record import CalibrationRecord, Record, SiteRecord
 from rarefy.io.shards import Shards
@@ -22,12 +24,13 @@ def collect(
     *,
     calibration: CalibrationRecord | None = None,
     settings: Mapping[str, Any] | None = None,
+    spill: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], Record]:
     """The pruned tensors of a model under the names, in the shapes and dtypes that they have in its directory.
 
     model: as `read_model` gave it. Experts that transformers fuses on loading are taken apart again, each with its own
-    entry in the record. Weights are cast back where the model was loaded in another dtype. Raises ValueError for sites
-    that the files do not have.
+    entry in the record. Weights are cast back where the model was loaded in another dtype. spill: what takes copies out
+    of memory, until they are written. Raises ValueError for sites that the files do not have.
     """
     shards = Shards(Path(source))
     changes: dict[str, Tensor] = {}
@@ -37,11 +40,20 @@ def collect(
         masks = stored_as(model, {site.name: site.mask}, shards)
         for name, weight in weights.items():
             dtype, _ = shards.kind(name)
-            changes[name] = weight.to(dtype)
+            changes[name] = _cast(weight, dtype, site.parameter, spill)
             layout = site.layout if weight.shape == site.parameter.shape else _layout(site, masks[name])
             sites.append(SiteRecord.of(name, changes[name], masks[name], site.pattern, layout))
+        if spill is not None:
+            give_back(collect=False)
     record = Record.of(sparsity.method.to_dict(), sites, calibration=calibration, settings=settings)
     return changes, record
+
+
+def _cast(weight: Tensor, dtype: torch.dtype, parameter: Tensor, spill: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """In the dtype of the files; out of memory where that is a copy."""
+    found = weight.to(dtype)
+    is_copy = found.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr()
+    return spill(found) if spill is not None and is_copy else found
 
 
 def stored_as(model: nn.Module, tensors: Mapping[str, Tensor], shards: Shards) -> dict[str, Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rarefy.core import bits
+from rarefy.core.memory import give_back
 from rarefy.io import container
 from rarefy.io.folder import JOURNAL, partial_of
 
@@ -24,6 +27,8 @@ class Journal:
 
     folder: where it lies; `Journal.of(out, settings)` is the one beside OUT, which goes when OUT is there. settings:
     whatever the result depends on (method, seed, digests of source and calibration), as JSON values, or one digest.
+    lean: from then on a finished block's parameters are maps of its files here, and masks maps of files that go with
+    them; so a model that is itself mapped takes the memory of the block at work.
     Raises ValueError where the folder has a journal of other settings, naming those that differ.
 
     >>> import tempfile
@@ -34,8 +39,8 @@ class Journal:
     (['layers.0'], {'weight': tensor([1., 1.]), 'mask': tensor([True, True])})
     """
 
-    def __init__(self, folder: Path | str, settings: Mapping[str, Any] | str) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path | str, settings: Mapping[str, Any] | str, *, lean: bool = False) -> None:
+        self.folder, self.lean = Path(folder), lean
         said = {"digest": settings} if isinstance(settings, str) else dict(settings)
         self.settings: dict[str, Any] = json.loads(json.dumps(said))
         new = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
@@ -54,9 +59,9 @@ class Journal:
             self._files[str(container.Reader(path).contents["block"])] = path
 
     @classmethod
-    def of(cls, out: Path | str, settings: Mapping[str, Any] | str) -> Journal:
+    def of(cls, out: Path | str, settings: Mapping[str, Any] | str, *, lean: bool = False) -> Journal:
         """The journal of a run that will write OUT."""
-        return cls(partial_of(Path(out)) / JOURNAL, settings)
+        return cls(partial_of(Path(out)) / JOURNAL, settings, lean=lean)
 
     def done(self) -> list[str]:
         """The finished blocks, in the order in which they were."""
@@ -82,6 +87,21 @@ class Journal:
         for name, shape in masks.items():
             found[name] = bits.unpack(reader.tensor(name), tuple(shape))
         return found
+
+    def spill(self, tensor: Tensor) -> Tensor:
+        """A tensor's bits in the map of a file here, which no one else sees and which is gone when the tensor is.
+
+        What is written to it never reaches the file. Raises OSError where there is no room.
+        """
+        data = container.bytes_of(tensor)
+        if not data:
+            return tensor
+        with tempfile.TemporaryFile(dir=self.folder) as file:
+            file.write(data)
+            file.flush()
+            found = mmap.mmap(file.fileno(), len(data), access=mmap.ACCESS_COPY)
+        give_back(collect=False)
+        return torch.frombuffer(found, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape)
 
     def tensors(self) -> Mapping[str, Tensor]:
         """All tensors that are no masks, of all blocks, each read when it is asked for: what `write_model` takes."""

@@ -3,6 +3,9 @@
 Pruned are the weights of Linear layers (and what else `find_sites` chooses) inside the repeated blocks of the model:
 embeddings, norms, routers' biases and the head stay as they are, unless `only` names them. A block-wise method notes
 its finished blocks in a journal beside OUT: killed at any point, the same call continues at the block where it stopped.
+From there too its weights and masks are mapped once a block is finished, and the source's files are mapped from the
+beginning: what is in memory is the block at work, its statistics and the activations between two blocks. (Where
+transformers copies weights as it loads them, fused experts, or where another dtype is asked for, it is the model too.)
 """
 
 from __future__ import annotations
@@ -104,8 +107,9 @@ def prune(
             sparsity = sparsify(
                 model, method, data=_batches(data, config), only=names, seed=seed, progress=progress, journal=journal
             )
-        saw = None if data is None else CalibrationRecord(sha256=data.sha256, settings=data.settings)
-        changes, record = collect(model, sparsity, source, calibration=saw, settings={"seed": seed})
+            saw = None if data is None else CalibrationRecord(sha256=data.sha256, settings=data.settings)
+            spill = None if journal is None else journal.spill
+            changes, record = collect(model, sparsity, source, calibration=saw, settings={"seed": seed}, spill=spill)
         _write(source, target, changes, record, packed)
     nonzero = sum(int(p.ne(0).sum()) for p in model.parameters())
     kinds = by_kind([(s, asked_of(s), sparsity.kept(s)) for s in sparsity.sites])
@@ -221,7 +225,7 @@ def _journal(out: Path, method: Method, settings: Mapping[str, Any]) -> Iterator
     if method.scope != "blocks":
         yield None
         return
-    journal = Journal.of(out, settings)
+    journal = Journal.of(out, settings, lean=True)  # the model is this call's own
     try:
         yield journal
     except Exception as error:

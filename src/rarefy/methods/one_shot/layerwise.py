@@ -5,13 +5,13 @@ those that choose units by a budget, `Stage` of those that go on from another me
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, cast
 
 import torch
 from pydantic import BeforeValidator
-from torch import Tensor
+from torch import Tensor, nn
 
 from rarefy.axes import AllocationField, Pattern, PatternField, Share, largest_remainder, value
 from rarefy.axes.shorthand import parse_named
@@ -149,7 +149,7 @@ class _Run:
         self.budgets: dict[Site, Budget] = {}
 
     def all_blocks(self, originals: Originals) -> None:
-        self.given = self.method.given(self.s)
+        self.given = {site: self._spilled(mask) for site, mask in self.method.given(self.s).items()}
         self.budgets = budgets(self.method, self.s, self.given)
         dtype = (torch.float64 if self.double else torch.float32) if collects_gram(self.method) else None
         finished = self._take_over(originals)
@@ -183,6 +183,8 @@ class _Run:
             tensors = journal.load(block)
             for name in [key.removesuffix(_MASK) for key in tensors if key.endswith(_MASK)]:
                 self._put(sites[name], tensors[name], tensors[name + _MASK], originals)
+            if journal.lean:
+                self._let_go([site for site in self.s.sites if site.name in tensors], tensors)
         return finished
 
     def _note(self, block: str, sites: Sequence[Site]) -> None:
@@ -190,6 +192,18 @@ class _Run:
             weights = {site.name: site.parameter.detach() for site in sites if site in self.done}
             masks = {site.name + _MASK: self.s._staged[site.index][0] for site in sites if site in self.done}
             self.s.journal.keep(block, {**weights, **masks})
+            if self.s.journal.lean:
+                self._let_go(sites, self.s.journal.load(block))
+
+    def _let_go(self, sites: Sequence[Site], kept: Mapping[str, Tensor]) -> None:
+        """Weights and masks of a finished block become maps of what the journal has."""
+        for site in sites:
+            if site.name in kept and _may_move(site):
+                site.parameter.data = kept[site.name]
+                self.s.keep(site, self._spilled(kept[site.name + _MASK]))
+
+    def _spilled(self, mask: Tensor) -> Tensor:
+        return mask if self.s.journal is None or not self.s.journal.lean else self.s.journal.spill(mask)
 
     def _tell(self, done: int, of: int, name: str) -> None:
         if self.s.progress is not None:
@@ -222,10 +236,14 @@ class _Run:
     @torch.no_grad()
     def _put(self, site: Site, weight: Tensor | None, mask: Tensor, originals: Originals) -> None:
         """A mask, and new weights where there are some."""
-        originals.remember(site.parameter)
-        if weight is not None:
-            local(site.parameter).copy_(shard(weight, site.parameter))
-        local(site.parameter).masked_fill_(~shard(mask, site.parameter), 0.0)
+        if self.s.journal is not None and self.s.journal.lean and _may_move(site):
+            new = site.parameter if weight is None else weight.to(site.parameter.dtype)
+            originals.replace(site.parameter, new.masked_fill(~mask, 0.0).contiguous())
+        else:
+            originals.remember(site.parameter)
+            if weight is not None:
+                local(site.parameter).copy_(shard(weight, site.parameter))
+            local(site.parameter).masked_fill_(~shard(mask, site.parameter), 0.0)
         self.s.keep(site, mask)
         site.asked = int(units_of(site, mask).sum())
         self.done.add(site)
@@ -251,6 +269,12 @@ class _Run:
             matrix.line, matrix.shared = line_of(site), shared[id(seen)]
             found.append(self.method.solve(matrix))
         return _joined(found, parts)
+
+
+def _may_move(site: Site) -> bool:
+    """Whether its parameter may be given another memory."""
+    parameter = site.parameter
+    return type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.is_contiguous()
 
 
 def _split(keep: int, sizes: Sequence[int]) -> list[int]:

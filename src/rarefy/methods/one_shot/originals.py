@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rarefy.core.capture.store import Store
 from rarefy.core.held import local
@@ -28,7 +28,7 @@ class Originals:
 
     def __init__(self, in_memory: int = IN_MEMORY) -> None:
         self._store = Store(in_memory)
-        self._kept: list[tuple[nn.Parameter, int]] = []
+        self._kept: list[tuple[nn.Parameter, int | Tensor]] = []
 
     def __enter__(self) -> Originals:
         return self
@@ -43,8 +43,16 @@ class Originals:
         """Keep a copy of what is there now."""
         self._kept.append((parameter, self._store.put(local(parameter))))
 
+    def replace(self, parameter: nn.Parameter, new: Tensor) -> None:
+        """Give it another memory, `new`; what is there now is let alone, and nothing is copied."""
+        self._kept.append((parameter, parameter.data))
+        parameter.data = new
+
     def restore(self) -> None:
         """Put everything back."""
         with torch.no_grad():
-            for parameter, handle in self._kept:
-                local(parameter).copy_(self._store.get(handle))
+            for parameter, kept in reversed(self._kept):
+                if isinstance(kept, Tensor):
+                    parameter.data = kept
+                else:
+                    local(parameter).copy_(self._store.get(kept))

@@ -1,0 +1,87 @@
+"""That pruning a directory takes the memory of the block at work, however many there are."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers", reason="transformers is not installed: pip install 'rarefy[hf]'")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not say what is resident"),
+]
+
+MEASURE = r"""
+import ctypes, gc, json, re, sys, threading, time
+from pathlib import Path
+
+import torch
+import transformers
+
+from rarefy.io.prune import prune
+from rarefy.methods import DSnoT, SparseGPT, Wanda
+
+folder, method, dtype = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+torch.set_num_threads(1)
+METHODS = {"Wanda": Wanda(0.5), "SparseGPT": SparseGPT(0.5), "DSnoT": DSnoT(Wanda(0.5))}
+
+
+def anonymous():
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def save(name, depth, width):
+    config = transformers.LlamaConfig(
+        hidden_size=width, intermediate_size=width * 11 // 4, num_attention_heads=8, num_key_value_heads=2,
+        num_hidden_layers=depth, vocab_size=256, max_position_embeddings=128, tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to(getattr(torch, dtype))
+    model.save_pretrained(folder / name)
+    return sum(p.nbytes for p in model.model.layers[0].parameters())
+
+
+save("small", 2, 64)
+block = save("model", 14, 512)
+data = [torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+prune(folder / "small", folder / "small-out", METHODS[method], calibration=data)  # libraries are loaded
+gc.collect()
+ctypes.CDLL(None).malloc_trim(0)
+after = []  # what is held when a block is done; its last entry grows to the most that is held from then on
+running = True
+
+
+def done(blocks, of, name):
+    gc.collect()
+    after.append(anonymous())
+
+
+def watch():
+    while running:
+        if len(after) == 15:
+            after[-1] = max(after[-1], anonymous())
+        time.sleep(0.001)
+
+
+watching = threading.Thread(target=watch)
+watching.start()
+prune(folder / "model", folder / "out", METHODS[method], calibration=data, progress=done)
+running = False
+watching.join()
+print(json.dumps([after, block]))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["Wanda", "SparseGPT", "DSnoT"])
+def test_finished_blocks_take_no_memory(tmp_path: Path, method: str, dtype: str):
+    said = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path), method, dtype], capture_output=True, text=True, check=False
+    )
+    assert said.returncode == 0, said.stderr
+    after, block = json.loads(said.stdout.splitlines()[-1])
+    assert len(after) == 15
+    assert after[13] < after[1] + block  # after thirteen blocks and after one
+    assert after[14] < after[13] + 4 * block  # while masks take effect and files are written
