@@ -61,6 +61,18 @@ def test_what_is_spilled_is_the_same_and_nobody_elses(tmp_path: Path, tensor: to
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_thousands_are_spilled_without_an_open_file(tmp_path: Path):
+    resource = pytest.importorskip("resource", reason="the system has no such limit")
+    journal = Journal(tmp_path, SETTINGS, lean=True)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, most[1]))
+        kept = [journal.spill(torch.full((3,), i)) for i in range(1000)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, most)
+    assert [int(each[0]) for each in kept] == list(range(1000))
+
+
 def test_other_settings_are_refused_and_named(tmp_path: Path):
     Journal(tmp_path, SETTINGS).keep("block", some(0))
     for other, says in (

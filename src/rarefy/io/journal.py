@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import mmap
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -91,17 +90,23 @@ class Journal:
     def spill(self, tensor: Tensor) -> Tensor:
         """A tensor's bits in the map of a file here, which no one else sees and which is gone when the tensor is.
 
-        What is written to it never reaches the file. Raises OSError where there is no room.
+        What is written to it never reaches the file. Where the system allows no more maps, the tensor itself. Raises
+        OSError where there is no room.
         """
         data = container.bytes_of(tensor)
         if not data:
             return tensor
-        with tempfile.TemporaryFile(dir=self.folder) as file:
-            file.write(data)
-            file.flush()
-            found = mmap.mmap(file.fileno(), len(data), access=mmap.ACCESS_COPY)
+        path = self.folder / f".{secrets.token_hex(8)}.partial"
+        try:
+            path.write_bytes(data)
+            # By torch, which closes the file: Python's mmap keeps it open, and a process may have but so many.
+            found = torch.from_file(str(path), size=len(data), dtype=torch.uint8)
+        except RuntimeError:
+            return tensor
+        finally:
+            path.unlink(missing_ok=True)
         give_back(collect=False)
-        return torch.frombuffer(found, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape)
+        return found.view(tensor.dtype).view(tensor.shape)
 
     def tensors(self) -> Mapping[str, Tensor]:
         """All tensors that are no masks, of all blocks, each read when it is asked for: what `write_model` takes."""

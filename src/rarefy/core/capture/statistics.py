@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 16  # entries converted to float64 at a time: they stay in a processor's cache
+_CHUNK = 1 << 18  # entries converted to float64 at a time: the fastest of 2^15 to 2^19 for 1024 to 4096 features
 _GRAM_CHUNK = 1 << 23  # entries of a chunk that must be converted before it enters the Gram matrix
 _GRAM_COLUMNS = 256  # columns of the Gram matrix made at a time, down to the diagonal alone
 
