@@ -34,6 +34,7 @@ from rarefy.core.capture.runs import quiet, run
 from rarefy.core.capture.statistics import Statistics
 from rarefy.core.capture.store import Store
 from rarefy.core.capture.unseen import Order, Ran
+from rarefy.core.memory import give_back
 from rarefy.core.sites import Site
 
 Progress = Callable[[str, int, int], None]
@@ -131,12 +132,14 @@ class _Walk:
             return
         replay, reason = self._replay(chain, store)
         for index, block in enumerate(chain.blocks[: pending[-1] + 1]):
+            give_back(collect=False)
             if block in wanted:
                 run_batch = self._run_whole(block) if replay is None else _run_block(replay, index)
                 captured = Captured(block, self.collect(block, run_batch), wanted[block], len(wanted), reason)
                 yield captured
                 captured.statistics.clear()
             if replay is not None and index < pending[-1]:
+                give_back(collect=False)  # before many runs again: their short-lived tensors leave holes among others
                 replay.advance(index, self._teller(f"{block.name}: running it as it is now"))
 
     def _replay(self, chain: Chain, store: Store) -> tuple[Replay | None, str]:
