@@ -4,8 +4,9 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import tiny
 from rarefy.axes import Pattern, Unstructured, count
 from rarefy.core.capture.statistics import Statistics
 from rarefy.methods.one_shot.matrix import Matrix
@@ -78,3 +79,14 @@ def sequential_obs(
 def diagonals(hessian: Tensor, start: int, stop: int) -> Tensor:
     """[(H[j:, j:])⁻¹]₀₀ of each column of a block."""
     return torch.stack([torch.linalg.inv(hessian[j:, j:])[0, 0] for j in range(start, stop)])
+
+
+def mlp(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    def block(inside: int) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(16, inside), nn.ReLU(), nn.Linear(inside, 16))
+
+    return tiny.seeded(lambda: nn.Sequential(block(24), block(32), block(24))).to(dtype)
+
+
+def batches(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    return list(correlated(128, 16).to(dtype).split(32))
