@@ -54,18 +54,7 @@ RAREFY_INLINE __mmask64 mask_at(const std::uint64_t* p) {
     return mask;
 }
 
-// Sums of four vectors' lanes, in this order. Blends run where nothing else does, shuffles where the expansions do.
-RAREFY_INLINE __m512i pairs(__m512i a, __m512i b) {
-    const __m512i stay = _mm512_mask_blend_epi32(0xaaaa, a, b), move = _mm512_mask_blend_epi32(0xaaaa, b, a);
-    return _mm512_add_epi32(stay, _mm512_shuffle_epi32(move, _MM_PERM_CDAB));
-}
-RAREFY_INLINE __m128i sums(__m512i a, __m512i b, __m512i c, __m512i d) {
-    const __m512i ab = pairs(a, b), cd = pairs(c, d);
-    const __m512i stay = _mm512_mask_blend_epi64(0xaa, ab, cd), move = _mm512_mask_blend_epi64(0xaa, cd, ab);
-    const __m512i abcd = _mm512_add_epi32(stay, _mm512_shuffle_epi32(move, _MM_PERM_BADC));
-    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(abcd), _mm512_extracti64x4_epi64(abcd, 1));
-    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-}
+// Sums of four vectors' lanes, in this order.
 RAREFY_INLINE __m128 sums(__m512 a, __m512 b, __m512 c, __m512 d) {
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));

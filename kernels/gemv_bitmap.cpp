@@ -32,13 +32,16 @@ struct Part {
 #if RAREFY_V4
 
 constexpr int block = 8;  // words of a row that are prefetched together: a line of bits
+constexpr int ahead = 2048;  // bytes behind the rows at work where prefetching begins
 
-// Where R rows stand: their bits, their next values, and how far behind these the next rows' are.
+// Where R rows stand: their bits and their next values; and where what comes behind them is fetched from, in the order
+// of the memory, which processors foresee best.
 template <int D, int R>
 struct Cursor {
     const std::uint64_t* bits[R];
     const Stored<D>* at[R];
-    std::int64_t ahead, lines;  // ahead: values; lines: of the values of one block of words, on average
+    const char *next_bits, *next_values;
+    std::int64_t lines;  // of the rows' values in one block of words, on average
 
     Cursor(const Part& part, std::int64_t row) {
         const rarefy_weight& w = *part.job.weight;
@@ -48,16 +51,17 @@ struct Cursor {
             at[r] = part.template values<D>(here);
         }
         const std::int64_t last = row + R < w.rows ? row + R : w.rows;
-        ahead = static_cast<std::int64_t>(w.starts[last] - w.starts[row]);
-        lines = ahead * static_cast<std::int64_t>(sizeof(Stored<D>)) * block / (64 * R * part.words) + 1;
+        const auto kept = static_cast<std::int64_t>(w.starts[last] - w.starts[row]);
+        lines = kept * static_cast<std::int64_t>(sizeof(Stored<D>)) * block / (64 * part.words) + 1;
+        next_bits = reinterpret_cast<const char*>(part.bits(last)) + ahead / 4;
+        next_values = reinterpret_cast<const char*>(at[0] + kept) + ahead;
     }
-    // Into the second cache: the rows that are being read fill the first.
-    RAREFY_INLINE void prefetch(std::int64_t word, std::int64_t words) const {
-        for (int r = 0; r < R; ++r) {
-            const char* const next = reinterpret_cast<const char*>(at[r] + ahead);
-            for (std::int64_t i = 0; i < lines; ++i) _mm_prefetch(next + 64 * i, _MM_HINT_T1);
-            _mm_prefetch(reinterpret_cast<const char*>(bits[r] + word + R * words), _MM_HINT_T1);
-        }
+    // Into the second cache: the rows that are being read fill the first. Nothing is read where no memory is.
+    RAREFY_INLINE void prefetch() {
+        for (std::int64_t i = 0; i < lines; ++i) _mm_prefetch(next_values + 64 * i, _MM_HINT_T1);
+        for (int r = 0; r < R; ++r) _mm_prefetch(next_bits + 64 * r, _MM_HINT_T1);
+        next_values += 64 * lines;
+        next_bits += 64 * R;
     }
 };
 
@@ -88,7 +92,7 @@ void run_rows(const Part& part, std::int64_t row, float (*out)[lanes], Number<RA
     for (auto& of_row : acc)
         for (auto& a : of_row) a = _mm512_setzero_ps();
     for (std::int64_t w = 0; w < words; ++w) {
-        if (w % block == 0) c.prefetch(w, words);
+        if (w % block == 0) c.prefetch();
         for (int quarter = 0; quarter < 4; ++quarter) {
             __m512 in[T];
             for (int t = 0; t < T; ++t) in[t] = _mm512_loadu_ps(x + t * stride + w * group + quarter * lanes);
@@ -113,7 +117,7 @@ void run_rows(const Part& part, std::int64_t row, float (*out)[lanes], Number<RA
     for (auto& of_row : acc)
         for (auto& a : of_row) a = _mm512_setzero_ps();
     for (std::int64_t w = 0; w < words; ++w) {
-        if (w % block == 0) c.prefetch(w, words);
+        if (w % block == 0) c.prefetch();
         for (int half = 0; half < 2; ++half) {
             __m512i in[T];
             for (int t = 0; t < T; ++t) in[t] = _mm512_loadu_si512(x + t * stride + w * group + half * 32);
@@ -130,7 +134,8 @@ void run_rows(const Part& part, std::int64_t row, float (*out)[lanes], Number<RA
     reduce<R, T>(acc, out);
 }
 
-// The dot product takes one side without sign: 128 is added to the weights, and the sum starts 128 times the q's lower.
+// The dot product takes one side without sign: 128 is added to the weights, and sums start 128 times the q's lower, lane
+// by lane, so that each lane's sum is a whole number that a float holds.
 template <int T, bool End>
 void run_rows(const Part& part, std::int64_t row, float (*out)[lanes], Number<RAREFY_I8>) {
     constexpr int R = rows_of<T>(RAREFY_I8);
@@ -139,27 +144,28 @@ void run_rows(const Part& part, std::int64_t row, float (*out)[lanes], Number<RA
     const Quantized x = part.quantized();
     const std::int8_t* const q = x.q + part.token * words * group;
     const float* const scales = x.scales + part.token * words;
-    const std::int32_t* const starts = x.starts + part.token * words;
-    const __m512i sign = _mm512_set1_epi8(-128);
-    __m128 acc[T];
-    for (auto& a : acc) a = _mm_setzero_ps();
+    const __m512i sign = _mm512_set1_epi8(-128), zero = _mm512_setzero_si512();
+    __m512 acc[R][T];
+    for (auto& of_row : acc)
+        for (auto& a : of_row) a = _mm512_setzero_ps();
     for (std::int64_t w = 0; w < words; ++w) {
-        if (w % block == 0) c.prefetch(w, words);
+        if (w % block == 0) c.prefetch();
         __m512i v[R];
         for (int r = 0; r < R; ++r) {
             v[r] = _mm512_xor_si512(expand<End>(mask_at(c.bits[r] + w), c.at[r]), sign);
             c.at[r] += count(c.bits[r][w]);
         }
         for (int t = 0; t < T; ++t) {
-            const std::int64_t at = t * words + w;
-            const __m512i start = _mm512_zextsi128_si512(_mm_cvtsi32_si128(starts[at]));
-            const __m512i in = _mm512_load_si512(q + at * group);
-            const __m128i sum = sums(_mm512_dpbusd_epi32(start, v[0], in), _mm512_dpbusd_epi32(start, v[1], in),
-                                     _mm512_dpbusd_epi32(start, v[2], in), _mm512_dpbusd_epi32(start, v[3], in));
-            acc[t] = _mm_fmadd_ps(_mm_cvtepi32_ps(sum), _mm_set1_ps(scales[at]), acc[t]);
+            const __m512i in = _mm512_load_si512(q + (t * words + w) * group);
+            const __m512i start = _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(zero, sign, in));
+            const __m512 scale = _mm512_set1_ps(scales[t * words + w]);
+            for (int r = 0; r < R; ++r) {
+                const __m512 sum = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, v[r], in));
+                acc[r][t] = _mm512_fmadd_ps(sum, scale, acc[r][t]);
+            }
         }
     }
-    for (int t = 0; t < T; ++t) _mm_storeu_ps(out[t], acc[t]);
+    reduce<R, T>(acc, out);
 }
 
 template <int D, int T>

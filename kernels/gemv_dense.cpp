@@ -12,11 +12,13 @@ namespace rarefy::RAREFY_NAMESPACE {
 namespace {
 
 constexpr std::int64_t claimed_bytes = 1 << 16;  // of weight, at least: much more than claiming costs
+constexpr int ahead = 4096;  // bytes behind the rows at work where prefetching begins
 
 // Rows read at once: their sums for all tokens stay in registers.
 constexpr int rows_at_once(int tokens) { return tokens <= 3 ? 8 : 4; }
 
-// sums[t][at + r] for R rows and T tokens.
+// sums[t][at + r] for R rows and T tokens. What comes behind the rows is fetched into the second cache meanwhile, in the
+// order of the memory: rows side by side are short streams, which processors foresee badly.
 template <class D, int T, int R>
 RAREFY_INLINE void multiply(const typename D::Value* const* w, std::int64_t cols, const typename D::Input& x,
                             std::int64_t token, F32 (*sums)[lanes], int at) {
@@ -24,7 +26,11 @@ RAREFY_INLINE void multiply(const typename D::Value* const* w, std::int64_t cols
     for (int r = 0; r < R; ++r)
         for (int t = 0; t < T; ++t) sum[r][t] = F32{};
     std::int64_t k = 0;
-    for (; k + D::step <= cols; k += D::step) {
+    const char* next = reinterpret_cast<const char*>(w[R - 1] + cols) + ahead;
+    constexpr int taken = R * D::step * static_cast<int>(sizeof(typename D::Value));
+    for (; k + D::step <= cols; k += D::step, next += taken) {
+#pragma GCC unroll 8
+        for (int i = 0; i < taken; i += 64) __builtin_prefetch(next + i, 0, 2);
         typename D::Piece piece[T];
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) piece[t] = D::piece(x, token + t, k);
