@@ -57,6 +57,21 @@ def test_each_bucket_has_its_own_winner(clock, monkeypatch):
     assert {c.tokens for c in report.rows[0].candidates} == {1, 64}
 
 
+@pytest.mark.parametrize(("counts", "form"), [(None, "dense"), ([1, 1], "dense"), ([64, 1], "bitmap")], ids=str)
+def test_examples_count_as_often_as_they_come_up(clock, counts, form):
+    """A bitmap reads one token 2 us faster, and 64 tokens 10 us slower."""
+    timer = clock()
+    model = thin(nn.Sequential(nn.Linear(64, 64)), 0.1)
+
+    def price(name):
+        slow = len(timer.asked) > 1
+        return {"bitmap": 30e-6 if slow else 4e-6, "dense": 20e-6 if slow else 6e-6}.get(name.split()[0], 9e-5)
+
+    timer.price = price
+    report = pack(model, example=[inputs(1, 64), inputs(64, 64)], counts=counts, quantize="int8")
+    assert report.rows[0].choice.startswith(form)
+
+
 @pytest.mark.parametrize("block", [1, 4, 8, 16])
 def test_block_patterns_are_seen(clock, block):
     clock(f"index {block}×1" if block > 1 else "index few")

@@ -28,6 +28,8 @@ pytestmark = [
         ({"threads": 0}, "at least one thread"),
         ({"memory": "all"}, "'size'"),
         ({"example": []}, "no example"),
+        ({"counts": [1, 1]}, "1 whole numbers"),
+        ({"counts": [0]}, "from 1 on"),
     ],
     ids=str,
 )

@@ -115,8 +115,9 @@ def _measured(
     sides = Sides(model)
     dense = weight_bytes(model)
     report = pack(
-        model, example=[step, {**read, "use_cache": False}], quantize=quantize, threads=threads, progress=progress
-    )
+        model, example=[step, {**read, "use_cache": False}], counts=[tokens, 1], quantize=quantize, threads=threads,
+        progress=progress,
+    )  # fmt: skip
     sides.freeze()
     works: list[tuple[str, str, int, Take]] = [
         ("generate, end to end", "token", tokens, lambda: _generated(model, ids, tokens)),

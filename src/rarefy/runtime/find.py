@@ -194,22 +194,27 @@ def feed(model: nn.Module, example: Any) -> Any:
     return model(*cast(tuple[Any, ...], example)) if isinstance(example, tuple) else model(example)
 
 
-def watch(model: nn.Module, layers: Sequence[Layer], examples: Sequence[Any]) -> None:
-    """Run the examples in evaluation mode, leaving the model as it was, and note what each layer is given."""
+def watch(model: nn.Module, layers: Sequence[Layer], examples: Sequence[Any], counts: Sequence[int]) -> None:
+    """Run the examples in evaluation mode, leaving the model as it was, and note what each layer is given.
+
+    counts: what one run of an example counts for.
+    """
     by_module = {layer.module: layer for layer in layers}
     taken: dict[Layer, dict[tuple[Any, ...], int]] = {layer: {} for layer in layers}
+    count = 1
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
         layer = by_module[module]
         if args and isinstance(args[0], Tensor):
             key = _seen(layer, args[0])
-            taken[layer][key] = taken[layer].get(key, 0) + 1
+            taken[layer][key] = taken[layer].get(key, 0) + count
 
     hooks = [layer.module.register_forward_pre_hook(note) for layer in layers]
     try:
         with undisturbed(model), torch.no_grad():
             model.eval()
-            for example in examples:
+            for example, often in zip(examples, counts, strict=True):
+                count = often
                 feed(model, example)
     finally:
         for hook in hooks:

@@ -36,6 +36,7 @@ def pack(
     model: nn.Module,
     *,
     example: Any,
+    counts: Sequence[int] | None = None,
     dtype: str | torch.dtype | None = None,
     quantize: str | None = None,
     threads: int | None = None,
@@ -55,6 +56,8 @@ def pack(
         model: on the CPU; float32, bfloat16 or float16 weights.
         example: an input of the model: a tensor, a tuple of arguments, a dict of keyword arguments, or a list of such,
             of the shapes that matter (batch 1 and 32, decode and prefill).
+        counts: how often each example of a list comes up for every time that the others do, such as [256, 1] for 256
+            steps of decoding after each prompt; by default all alike.
         dtype: "bfloat16" casts the weights first; activations keep their dtype between layers.
         quantize: "int8" quantises weights per row and activations per token; Linear layers only, and convolutions where
             a kernel takes them.
@@ -72,6 +75,7 @@ def pack(
     """
     stored_as = _stored_dtype(dtype, quantize)
     examples = examples_of(example)
+    times = _counts(counts, len(examples))
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads}: at least one thread is needed")
     if memory not in ("size", "speed"):
@@ -79,7 +83,7 @@ def pack(
     warn_once()
     with _threads(threads) as count:
         layers = find_layers(model, sparsity or live_handle(model))
-        watch(model, layers, examples)
+        watch(model, layers, examples, times)
         return _Packing(model, layers, examples, stored_as, count, memory).run(progress or _silent)
 
 
@@ -216,6 +220,13 @@ def _footprint(model: nn.Module, layers: Sequence[Layer], stored_as: DType | Non
         packed = min(weight.numel() * width, weight.numel() / 8 + layer.kept * width)
         total += packed - weight.numel() * weight.element_size()
     return total
+
+
+def _counts(counts: Any, examples: int) -> list[int]:
+    found = [1] * examples if counts is None else list(counts)
+    if len(found) != examples or any(type(n) is not int or n < 1 for n in found):
+        raise ValueError(f"counts={counts!r}: {examples} whole numbers from 1 on, one for each example")
+    return found
 
 
 def _stored_dtype(dtype: Any, quantize: Any) -> DType | None:
