@@ -1,6 +1,6 @@
 """Small networks with zeros in them, and times that a test makes up."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,9 +83,9 @@ class Clock:
         self.asked: list[list[str]] = []
         self.cold: list[bool] = []
 
-    def times(self, calls: Mapping[str, Callable[[], Any]], *, cold: bool = False, warm: Any = ()) -> dict[str, float]:
+    def times(self, calls: Mapping[str, Sequence[Callable[[], Any]]], *, cold: bool = False) -> dict[str, float]:
         """Each candidate is called once, so that one that cannot run is seen."""
-        for call in calls.values():
+        for call, *_ in calls.values():
             call()
         self.asked.append(list(calls))
         self.cold.append(cold)

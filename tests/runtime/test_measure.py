@@ -31,7 +31,7 @@ def test_times_are_those_of_the_least_disturbed_round(now):
         order.append(name)
         now.advance(seconds + next(noise))
 
-    found = measure.times({"a": lambda: work("a", 1e-3), "b": lambda: work("b", 2e-3)})
+    found = measure.times({"a": [lambda: work("a", 1e-3)], "b": [lambda: work("b", 2e-3)]})
     assert found == pytest.approx({"a": 1e-3, "b": 2e-3})
     assert order.count("a") == order.count("b")
     assert "a" in order[-2:]
@@ -40,15 +40,26 @@ def test_times_are_those_of_the_least_disturbed_round(now):
 
 def test_slow_candidates_are_sampled_less(now):
     calls = []
-    measure.times({"a": lambda: (calls.append(1), now.advance(1.0))})
+    measure.times({"a": [lambda: (calls.append(1), now.advance(1.0))]})
     assert len(calls) == 2 + measure._LEAST
 
 
-def test_cold_empties_the_caches_before_each_sample(now, monkeypatch):
-    events = []
-    monkeypatch.setattr(measure, "empty_caches", lambda warm: events.append("empty"))
-    measure.times({"a": lambda: (events.append("call"), now.advance(1e-6))}, cold=True)
-    assert events == ["empty", "call"] * measure._ROUNDS
+def test_cold_copies_are_called_in_turn_and_a_time_is_that_of_one(now):
+    order = []
+
+    def work(name, seconds):
+        return lambda: (order.append(name), now.advance(seconds))
+
+    found = measure.times({"a": [work("a1", 1e-6), work("a2", 3e-6)], "b": [work("b", 1e-6)]}, cold=True)
+    assert found == pytest.approx({"a": 2e-6, "b": 1e-6})
+    assert order[:6] == ["a1", "a2", "b", "b", "a1", "a2"]
+    assert len(order) == 3 * measure._ROUNDS
+
+
+def test_copies_together_do_not_fit_the_caches(monkeypatch):
+    monkeypatch.setattr(measure, "last_level", lambda: 1000)
+    assert [measure.copies(n, True) for n in (1, 300, 2000, 5000)] == [measure._MOST, 7, 1, 1]
+    assert measure.copies(1, False) == 1
 
 
 @pytest.mark.parametrize(("factor", "loses"), [(0.5, True), (0.96, True), (0.98, False), (2.0, False)])
@@ -79,7 +90,6 @@ def test_a_clear_gain_ends_early_a_loss_does_not(now):
 
 def test_the_last_level_is_some_size():
     assert 1 << 18 <= measure.last_level() <= 1 << 32
-    measure.empty_caches()
 
 
 def seconds(form, algorithm, *, kept=0.1, tokens=1, block=1, dtype=DType.F32, cold=False, n=1024):

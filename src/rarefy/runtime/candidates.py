@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rarefy.runtime import conv, cost, kernels
+from rarefy.runtime import conv, cost, kernels, measure
 from rarefy.runtime.conv import Geometry
 from rarefy.runtime.engine import Copies, runner
 from rarefy.runtime.find import Layer, Seen
@@ -22,6 +23,9 @@ AS_IT_IS = "torch"
 
 KINDS = {torch.float32: DType.F32, torch.bfloat16: DType.BF16, torch.float16: DType.F32}
 """What holds the weights of a dtype without loss."""
+
+Calls = dict[str, list[Callable[[], object]]]
+"""Candidates by name: what runs each, on as many copies of its weight as are to be read in turn."""
 
 _SPARSE_FROM = 0.2  # below this share of zeros, sparse forms are not tried
 
@@ -84,44 +88,65 @@ def _input(layer: Layer, seen: Seen) -> Tensor:
     return x.t().contiguous().t() if seen.feature_major else x
 
 
-def linear_calls(layer: Layer, seen: Seen, dtype: DType, ways: Sequence[Way]) -> dict[str, Callable[[], object]]:
-    """The layer as it is, and these ways to run it, at the shape that was seen; by name."""
-    x, weight, bias = _input(layer, seen), layer.weight, layer.bias
+def linear_calls(layer: Layer, seen: Seen, dtype: DType, ways: Sequence[Way], *, cold: bool) -> Calls:
+    """The layer as it is, and these ways to run it, at the shape that was seen; by name, on one copy or several."""
+    x, bias = _input(layer, seen), layer.bias
     exact = None if bias is None else bias.float()
-    calls: dict[str, Callable[[], object]] = {AS_IT_IS: lambda: functional.linear(x, weight, bias)}
-    copies: dict[tuple[Form, int], Copies] = {}
+    calls: Calls = {AS_IT_IS: [lambda w=w: functional.linear(x, w, bias) for w in _weights(layer, cold)]}
+    made: dict[tuple[Form, int], list[Stored]] = {}
     for way in ways:
-        source = (Form.BITMAP, 1) if way.form == Form.LUT else (way.form, way.block)  # LUT is made of the bitmap
-        if source not in copies:
-            copies[source] = Copies(stored_of(layer, *source, dtype))
+        key = way.form, way.block
+        if key not in made:
+            made[key] = _again(_made(layer, way, dtype, made), cold)
         table = (way,) * kernels.BUCKETS
-        if way.algorithm == TORCH:
-            made = runner(copies[source].stored, table, exact)[0]
+        if way.algorithm == TORCH:  # its weights are wider than what is stored
+            few = made[key][: measure.copies(4 * layer.weight.numel(), cold)]
+            runs = [runner(each, table, exact)[0] for each in few]
         else:
-            made = copies[source].engine(table, exact)
-        calls[str(way)] = lambda made=made: made(x)
+            runs = [Copies(each).engine(table, exact) for each in made[key]]
+        calls[str(way)] = [lambda run=run: run(x) for run in runs]
     return calls
 
 
+def _made(layer: Layer, way: Way, dtype: DType, made: Mapping[tuple[Form, int], Sequence[Stored]]) -> Stored:
+    """The layer in the form of a way; look-up is made of the bitmap."""
+    if way.form != Form.LUT:
+        return stored_of(layer, way.form, way.block, dtype)
+    bitmap = made.get((Form.BITMAP, 1))
+    return Copies(bitmap[0] if bitmap else stored_of(layer, Form.BITMAP, 1, dtype)).get(Form.LUT, 1)
+
+
+def _again(stored: Stored, cold: bool) -> list[Stored]:
+    return [stored, *(copy.deepcopy(stored) for _ in range(measure.copies(stored.nbytes, cold) - 1))]
+
+
+def _weights(layer: Layer, cold: bool) -> list[Tensor]:
+    weight = layer.weight
+    return [weight, *(weight.clone() for _ in range(measure.copies(weight.nbytes, cold) - 1))]
+
+
 def conv_calls(
-    layer: Layer, geometry: Geometry, seen: Seen, dtype: DType, ways: dict[str, tuple[Storage, str]]
-) -> dict[str, Callable[[], object]]:
+    layer: Layer, geometry: Geometry, seen: Seen, dtype: DType, ways: dict[str, tuple[Storage, str]], *, cold: bool
+) -> Calls:
     """As `linear_calls`, without those for which there turns out to be no kernel."""
     x, bias = _input(layer, seen), layer.bias
-    weight = layer.weight.view(geometry.out, geometry.channels, geometry.kernel_h, geometry.kernel_w)
+    shape = geometry.out, geometry.channels, geometry.kernel_h, geometry.kernel_w
     exact = None if bias is None else bias.float()
-    calls: dict[str, Callable[[], object]] = {
-        AS_IT_IS: lambda: functional.conv2d(x, weight, bias, geometry.stride, geometry.padding)
+    calls: Calls = {
+        AS_IT_IS: [
+            lambda w=w: functional.conv2d(x, w.view(shape), bias, geometry.stride, geometry.padding)
+            for w in _weights(layer, cold)
+        ]
     }
-    stored: dict[tuple[Form, int], Stored] = {}
+    stored: dict[tuple[Form, int], list[Stored]] = {}
     for name, (storage, way) in ways.items():
         key = (storage.form, storage.block)
         if key not in stored:
-            stored[key] = stored_of(layer, *key, dtype)
-        made = conv.runner(stored[key], geometry, exact, way, strict=True)
+            stored[key] = _again(stored_of(layer, *key, dtype), cold)
+        runs = [conv.runner(each, geometry, exact, way, strict=True) for each in stored[key]]
         try:
-            made(x)
+            runs[0](x)
         except RuntimeError:  # no kernel for this one
             continue
-        calls[name] = lambda made=made: made(x)
+        calls[name] = [lambda run=run: run(x) for run in runs]
     return calls

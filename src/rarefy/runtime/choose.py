@@ -15,7 +15,7 @@ import torch
 
 from rarefy.runtime import conv, cost, kernels, measure
 from rarefy.runtime.cache import Cache
-from rarefy.runtime.candidates import AS_IT_IS, KINDS, Storage, conv_calls, fits, linear_calls, storages_of
+from rarefy.runtime.candidates import AS_IT_IS, KINDS, Calls, Storage, conv_calls, fits, linear_calls, storages_of
 from rarefy.runtime.conv import Geometry
 from rarefy.runtime.find import Layer, Seen
 from rarefy.runtime.kernels import DType, Form
@@ -142,8 +142,8 @@ class Chooser:
         wanted = self._wanted(layer, seen, dtype, storages)
         key = self._key(layer, seen, dtype)
 
-        def make(missing: Iterable[str]) -> dict[str, Callable[[], object]]:
-            return linear_calls(layer, seen, dtype, [way for way in wanted if str(way) in set(missing)])
+        def make(missing: Iterable[str]) -> Calls:
+            return linear_calls(layer, seen, dtype, [way for way in wanted if str(way) in set(missing)], cold=self.cold)
 
         return self._measured(key, [AS_IT_IS, *map(str, wanted)], make)
 
@@ -170,8 +170,9 @@ class Chooser:
         }  # fmt: skip
         seen = max(layer.seen, key=lambda each: each.calls * each.tokens)
 
-        def make(missing: Iterable[str]) -> dict[str, Callable[[], object]]:
-            return conv_calls(layer, geometry, seen, dtype, {n: names[n] for n in missing if n in names})
+        def make(missing: Iterable[str]) -> Calls:
+            found = {n: names[n] for n in missing if n in names}
+            return conv_calls(layer, geometry, seen, dtype, found, cold=self.cold)
 
         times = self._measured(self._key(layer, seen, dtype), [AS_IT_IS, *names], make)
         before = times[AS_IT_IS]
@@ -186,9 +187,7 @@ class Chooser:
 
     # -- measuring -----------------------------------------------------------------------------------------------
 
-    def _measured(
-        self, key: str, names: Sequence[str], make: Callable[[Iterable[str]], dict[str, Callable[[], object]]]
-    ) -> dict[str, float]:
+    def _measured(self, key: str, names: Sequence[str], make: Callable[[Iterable[str]], Calls]) -> dict[str, float]:
         """Times from the cache, or taken now: all together, since only what is interleaved can be compared."""
         known = self.cache.find(key)
         if not all(name in known for name in names):

@@ -1,7 +1,9 @@
 """Times of several ways to do one piece of work, interleaved, so that a machine that slows down slows all alike.
 
 `times` compares candidates for a layer by their least disturbed round; `ratios` compares whole models, pair by pair.
-Cold means: what the candidates read is first driven out of the caches, as in a model that does not fit them.
+Cold means that weights come from memory, as in a model that does not fit the caches: so many copies of each are read in
+turn that none of them is still there when it comes again. A single call after the caches were emptied says less: it
+finds memory idle, and pays for its start.
 """
 
 from __future__ import annotations
@@ -15,9 +17,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 Call = Callable[[], object]
 Side = tuple[Call, Call]
 
@@ -25,6 +24,7 @@ _ROUNDS = 9
 _SAMPLE = 2e-4  # seconds that a sample lasts at least
 _BUDGET = 1.0  # seconds for all candidates of one problem, once each has _LEAST samples
 _LEAST = 3
+_MOST = 100
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Ratio:
         return self.high < 0.97
 
 
-def times(calls: Mapping[str, Call], *, cold: bool = False, warm: Sequence[Tensor] = ()) -> dict[str, float]:
-    """Seconds of each call, by name. warm: what is read once more after the caches were emptied (cold)."""
-    counts = {name: 1 if cold else _count(call) for name, call in calls.items()}
+def times(calls: Mapping[str, Sequence[Call]], *, cold: bool = False) -> dict[str, float]:
+    """Seconds of a call, by name of the candidate. cold: each is called on all of its `copies`, one after the other."""
+    counts = {name: 1 if cold else _count(each[0]) for name, each in calls.items()}
     best = dict.fromkeys(calls, math.inf)
     begin, names = time.perf_counter(), list(calls)
     for index in range(_ROUNDS):
@@ -54,10 +54,13 @@ def times(calls: Mapping[str, Call], *, cold: bool = False, warm: Sequence[Tenso
             break
         turn = index % max(1, len(names))
         for name in names[turn:] + names[:turn]:
-            if cold:
-                empty_caches(warm)
             best[name] = min(best[name], _sample(calls[name], counts[name]))
     return best
+
+
+def copies(nbytes: int, cold: bool) -> int:
+    """Of a weight, to be called in turn: cold as many as take twice what the caches hold, or `_MOST`."""
+    return min(_MOST, -(-2 * last_level() // max(1, nbytes))) if cold else 1
 
 
 def ratios(first: Side, second: Side, *, pairs: int = 15, patience: float = 10.0) -> Ratio:
@@ -90,19 +93,20 @@ def ratios(first: Side, second: Side, *, pairs: int = 15, patience: float = 10.0
 def _timed(side: Side, count: int) -> float:
     prepare, call = side
     prepare()
-    return _sample(call, count)
+    return _sample([call], count)
 
 
-def _sample(call: Call, count: int) -> float:
+def _sample(calls: Sequence[Call], count: int) -> float:
     begin = time.perf_counter()
     for _ in range(count):
-        call()
-    return (time.perf_counter() - begin) / count
+        for call in calls:
+            call()
+    return (time.perf_counter() - begin) / (count * len(calls))
 
 
 def _count(call: Call) -> int:
     call()
-    return max(1, min(1000, math.ceil(_SAMPLE / max(1e-7, _sample(call, 1)))))
+    return max(1, min(1000, math.ceil(_SAMPLE / max(1e-7, _sample([call], 1)))))
 
 
 def _ranks(count: int) -> tuple[int, int]:
@@ -117,18 +121,6 @@ def _ranks(count: int) -> tuple[int, int]:
 
 
 # --- caches ----------------------------------------------------------------------------------------------------------
-
-
-def empty_caches(warm: Sequence[Tensor] = ()) -> None:
-    """Read as much as the caches hold and half as much again; then `warm`, as activations are in a model."""
-    _ballast().sum()
-    for tensor in warm:
-        tensor.sum()
-
-
-@cache
-def _ballast() -> Tensor:
-    return torch.ones(3 * last_level() // 8)
 
 
 @cache
