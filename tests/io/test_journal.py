@@ -53,6 +53,7 @@ def test_what_is_spilled_is_the_same_and_nobody_elses(tmp_path: Path, tensor: to
     tensor = tensor if dtype is None else tensor.to(dtype)
     journal = Journal(tmp_path, SETTINGS, lean=True)
     before = sorted(tmp_path.iterdir())
+    assert journal.spill is not None
     a, b = journal.spill(tensor), journal.spill(tensor)
     assert a.dtype == tensor.dtype
     assert torch.equal(a, tensor)
@@ -64,6 +65,7 @@ def test_what_is_spilled_is_the_same_and_nobody_elses(tmp_path: Path, tensor: to
 def test_thousands_are_spilled_without_an_open_file(tmp_path: Path):
     resource = pytest.importorskip("resource", reason="the system has no such limit")
     journal = Journal(tmp_path, SETTINGS, lean=True)
+    assert journal.spill is not None
     most = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, most[1]))

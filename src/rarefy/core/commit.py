@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,13 +24,13 @@ Staged = tuple[Tensor, Tensor | Everywhere | None]
 positions of the kept weights (int64, ascending) stand for the mask."""
 
 
-def commit(s: rarefy.core.sparsity.Sparsity, staged: Mapping[int, Staged]) -> None:
-    """Apply every staged mask and note the counts in the ledger."""
+def commit(s: rarefy.core.sparsity.Sparsity, staged: MutableMapping[int, Staged]) -> None:
+    """Apply every staged mask, taken out of `staged` one by one, and note the counts in the ledger."""
     first = not s.ledger.entries
     kept = [s.kept(site) for site in s.sites]
     flips = 0
-    for index, (mask, trainable) in staged.items():
-        site = s.sites[index]
+    for index in list(staged):
+        site, (mask, trainable) = s.sites[index], staged.pop(index)
         if isinstance(site, SparseSite):
             flips += _apply_sparse(s, site, mask)
             kept[index] = len(mask)
@@ -44,17 +44,16 @@ def _apply(s: rarefy.core.sparsity.Sparsity, site: Site, mask: Tensor, trainable
     held = site.held
     flips = bits.count(bits.differ(site.mask, mask))
     before = held.train
-    lean = s.journal is not None and s.journal.lean
     held.set(mask, trainable)
-    if s.journal is not None and lean:
-        held.move(s.journal.spill)
+    if s.spill is not None:
+        held.move(s.spill)
     if site.master is not None:
         with torch.no_grad():
             local(site.parameter).copy_(site.master)
         _move_state(s, held, before)
         _clear(held)
     else:  # zeros first: state that copies the weight follows what it becomes
-        _clear(held, unless_clear=lean)  # what is not written to stays the file's that it is a map of
+        _clear(held, unless_clear=s.spill is not None)  # what is not written to stays the file's that it is a map of
         _move_state(s, held, before)
     for follower in site.followers:
         before = follower.train
@@ -62,9 +61,7 @@ def _apply(s: rarefy.core.sparsity.Sparsity, site: Site, mask: Tensor, trainable
         _clear(follower)
         _move_state(s, follower, before)
     packed = bits.pack(mask).cpu()
-    if s.journal is not None and lean:
-        packed = s.journal.spill(packed)
-    _note_explored(s, site, site.explored_bits(), packed)
+    _note_explored(s, site, site.explored_bits(), packed if s.spill is None else s.spill(packed))
     return flips
 
 

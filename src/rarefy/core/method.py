@@ -33,12 +33,8 @@ class Journal(Protocol):
         ...
 
     @property
-    def lean(self) -> bool:
-        """Whether finished weights, and masks, leave memory for its disk: for models that do not fit into memory."""
-        ...
-
-    def spill(self, tensor: Tensor) -> Tensor:
-        """The same on its disk, mapped."""
+    def spill(self) -> Callable[[Tensor], Tensor] | None:
+        """What maps a tensor's bits on its disk, where finished weights and masks leave memory; None: they stay."""
         ...
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -278,6 +278,11 @@ class Sparsity:
         return self.ledger.entries[-1].kept[site.index] if self.ledger.entries else site.numel
 
     # -- what the core asks --------------------------------------------------------------------------------------
+
+    @property
+    def spill(self) -> Callable[[Tensor], Tensor] | None:
+        """What takes a tensor out of memory, while a run whose journal wants that begins; else None."""
+        return None if self.journal is None else self.journal.spill
 
     def held(self) -> list[Held]:
         """Every parameter under a mask: sites and their followers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -39,7 +39,8 @@ class Journal:
     """
 
     def __init__(self, folder: Path | str, settings: Mapping[str, Any] | str, *, lean: bool = False) -> None:
-        self.folder, self.lean = Path(folder), lean
+        self.folder = Path(folder)
+        self.spill: Callable[[Tensor], Tensor] | None = self._spill if lean else None
         said = {"digest": settings} if isinstance(settings, str) else dict(settings)
         self.settings: dict[str, Any] = json.loads(json.dumps(said))
         new = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
@@ -87,7 +88,7 @@ class Journal:
             found[name] = bits.unpack(reader.tensor(name), tuple(shape))
         return found
 
-    def spill(self, tensor: Tensor) -> Tensor:
+    def _spill(self, tensor: Tensor) -> Tensor:
         """A tensor's bits in the map of a file here, which no one else sees and which is gone when the tensor is.
 
         What is written to it never reaches the file. Where the system allows no more maps, the tensor itself. Raises

@@ -111,7 +111,7 @@ def prune(
             spill = None if journal is None else journal.spill
             changes, record = collect(model, sparsity, source, calibration=saw, settings={"seed": seed}, spill=spill)
         _write(source, target, changes, record, packed)
-    nonzero = sum(int(p.ne(0).sum()) for p in model.parameters())
+    nonzero = sum(int(torch.count_nonzero(p)) for p in model.parameters())  # without a mask of a model's size
     kinds = by_kind([(s, asked_of(s), sparsity.kept(s)) for s in sparsity.sites])
     return told(kinds, parameters, nonzero, used_of(data))
 

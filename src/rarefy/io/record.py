@@ -62,18 +62,18 @@ class SiteRecord(_Strict):
                 f"{name!r}: a mask of {tuple(mask.shape)} {mask.dtype} is none for a weight of {tuple(weight.shape)}"
             )
         mask, weight = mask.detach().cpu(), weight.detach().cpu()
-        wrong = int((bits.as_bits(weight).ne(0) & ~mask).sum())
+        wrong = bits.count(bits.as_bits(weight).ne(0).logical_and_(~mask))
         if wrong:
             raise ValueError(
                 f"{name!r}: {wrong} of {mask.numel() - int(mask.sum())} weights that the mask leaves out are not +0.0; "
                 "clear them first: weight.masked_fill_(~mask, 0)"
             )
-        kept = bits.count(mask)
-        zeros = mask[weight.eq(0)]
+        kept, zeros = bits.count(mask), weight.eq(0)
+        some = bool(zeros.logical_and(mask).any())  # else no list of all zeros, which takes eight times their memory
         return cls(
             name=name, shape=list(weight.shape), pattern=pattern.to_dict(), kept=kept, total=mask.numel(),
             sparsity=1 - kept / mask.numel(), mask=digest(mask), layout=_unusual(layout),
-            kept_zeros=_pressed(bits.pack(zeros)) if bool(zeros.any()) else None,
+            kept_zeros=_pressed(bits.pack(mask[zeros])) if some else None,
         )  # fmt: skip
 
     def mask_of(self, weight: Tensor) -> Tensor:

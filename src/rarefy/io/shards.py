@@ -19,7 +19,8 @@ INDEX: Final = "model.safetensors.index.json"
 CONFIG: Final = "config.json"
 
 _MOST: Final = 10**11  # of digits that a side can have
-_CHUNK: Final = 1 << 22  # entries looked at, and 16 times as many bytes written, at a time
+_LOOKED: Final = 1 << 18  # entries at a time: what is made of them stays in the caches
+_WRITTEN: Final = 1 << 26  # bytes at a time
 
 
 class Shard:
@@ -176,7 +177,7 @@ def refuse_infinite(name: str, tensor: Tensor, where: object = "") -> None:
     if not tensor.dtype.is_floating_point:
         return
     nan = infinite = 0
-    for part in tensor.detach().reshape(-1).split(_CHUNK):
+    for part in tensor.detach().reshape(-1).split(_LOOKED):
         part = part.float() if part.element_size() == 1 else part
         if not bool(part.isfinite().all()):
             nan += int(part.isnan().sum())
@@ -267,8 +268,8 @@ class Stream:
 
 
 def _put(file: BinaryIO, data: memoryview) -> None:
-    for first in range(0, len(data), 16 * _CHUNK):
-        file.write(data[first : first + 16 * _CHUNK])
+    for first in range(0, len(data), _WRITTEN):
+        file.write(data[first : first + _WRITTEN])
 
 
 def _sync(file: BinaryIO) -> None:

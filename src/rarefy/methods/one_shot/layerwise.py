@@ -182,28 +182,37 @@ class _Run:
         for block in (finished := journal.done()):
             tensors = journal.load(block)
             for name in [key.removesuffix(_MASK) for key in tensors if key.endswith(_MASK)]:
-                self._put(sites[name], tensors[name], tensors[name + _MASK], originals)
-            if journal.lean:
-                self._let_go([site for site in self.s.sites if site.name in tensors], tensors)
+                site, mask = sites[name], tensors.pop(name + _MASK)
+                if self._moves(site):
+                    originals.replace(site.parameter, tensors.pop(name))
+                    self._keep(site, self._spilled(mask))
+                else:
+                    self._put(site, tensors[name], mask, originals)
         return finished
 
     def _note(self, block: str, sites: Sequence[Site]) -> None:
         if self.s.journal is not None:
-            weights = {site.name: site.parameter.detach() for site in sites if site in self.done}
-            masks = {site.name + _MASK: self.s._staged[site.index][0] for site in sites if site in self.done}
+            sites = [site for site in sites if site in self.done]
+            weights = {site.name: site.parameter.detach() for site in sites}
+            masks = {site.name + _MASK: self.s._staged[site.index][0] for site in sites}
             self.s.journal.keep(block, {**weights, **masks})
-            if self.s.journal.lean:
+            if self.s.spill is not None:
                 self._let_go(sites, self.s.journal.load(block))
 
     def _let_go(self, sites: Sequence[Site], kept: Mapping[str, Tensor]) -> None:
         """Weights and masks of a finished block become maps of what the journal has."""
-        for site in sites:
-            if site.name in kept and _may_move(site):
-                site.parameter.data = kept[site.name]
-                self.s.keep(site, self._spilled(kept[site.name + _MASK]))
+        for site in filter(self._moves, sites):
+            site.parameter.data = kept[site.name]
+            self.s.keep(site, self._spilled(self.s._staged[site.index][0]))
 
     def _spilled(self, mask: Tensor) -> Tensor:
-        return mask if self.s.journal is None or not self.s.journal.lean else self.s.journal.spill(mask)
+        return mask if self.s.spill is None else self.s.spill(mask)
+
+    def _moves(self, site: Site) -> bool:
+        """Whether the parameter is given another memory, of which the journal's disk takes care, and not written to."""
+        parameter = site.parameter
+        plain = type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.is_contiguous()
+        return plain and self.s.spill is not None
 
     def _tell(self, done: int, of: int, name: str) -> None:
         if self.s.progress is not None:
@@ -236,7 +245,7 @@ class _Run:
     @torch.no_grad()
     def _put(self, site: Site, weight: Tensor | None, mask: Tensor, originals: Originals) -> None:
         """A mask, and new weights where there are some."""
-        if self.s.journal is not None and self.s.journal.lean and _may_move(site):
+        if self._moves(site):
             new = site.parameter if weight is None else weight.to(site.parameter.dtype)
             originals.replace(site.parameter, new.masked_fill(~mask, 0.0).contiguous())
         else:
@@ -244,6 +253,9 @@ class _Run:
             if weight is not None:
                 local(site.parameter).copy_(shard(weight, site.parameter))
             local(site.parameter).masked_fill_(~shard(mask, site.parameter), 0.0)
+        self._keep(site, mask)
+
+    def _keep(self, site: Site, mask: Tensor) -> None:
         self.s.keep(site, mask)
         site.asked = int(units_of(site, mask).sum())
         self.done.add(site)
@@ -269,12 +281,6 @@ class _Run:
             matrix.line, matrix.shared = line_of(site), shared[id(seen)]
             found.append(self.method.solve(matrix))
         return _joined(found, parts)
-
-
-def _may_move(site: Site) -> bool:
-    """Whether its parameter may be given another memory."""
-    parameter = site.parameter
-    return type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.is_contiguous()
 
 
 def _split(keep: int, sizes: Sequence[int]) -> list[int]:
