@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _SAMPLE = 4096
+_CACHED = 1 << 17  # scores at a time: what is made of them stays in the caches
 
 
 def top_k(scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
@@ -103,14 +104,33 @@ def top_k_per_row(scores: Tensor, k: int) -> Tensor:
     """
     if k == 0 or not scores.numel():
         return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-    kept = scores >= threshold
-    if int(kept.sum()) == k * len(scores):  # the usual case: nothing ties with a k-th score
+    if scores.device.type != "cpu":
+        return _top_of_rows(scores, k)
+    mask = torch.empty(scores.shape, dtype=torch.bool)
+    rows = max(1, _CACHED // scores.shape[1])
+    scores = scores.detach()
+    for row in range(0, len(scores), rows):
+        mask[row : row + rows] = _top_of_rows(scores[row : row + rows], k)
+    return mask
+
+
+def _top_of_rows(scores: Tensor, k: int) -> Tensor:
+    threshold = _kth(scores, k)
+    kept = _reach(scores, threshold)
+    if int(torch.count_nonzero(kept)) == k * len(scores):  # the usual case: nothing ties with a k-th score
         return kept
     above = scores > threshold
     tied = kept ^ above
     room = k - above.sum(1, keepdim=True)
     return above | (tied & (tied.cumsum(1) <= room))
+
+
+def _kth(scores: Tensor, k: int) -> Tensor:
+    """The k-th largest of each row, (rows, 1); numpy selects with vector instructions where the processor has them."""
+    if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
+        place = scores.shape[1] - k
+        return from_array(np.partition(scores.numpy(), place, axis=1)[:, place : place + 1])
+    return scores.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
 
 
 def ready(scores: Tensor, kept: Tensor | None = None) -> Tensor:

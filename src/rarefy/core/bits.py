@@ -48,6 +48,21 @@ def clear_(tensor: Tensor, keep: Tensor) -> None:
         _clear_by_torch(tensor, keep)
 
 
+def clear_beside_(tensor: Tensor, mask: Tensor) -> None:
+    """`clear_` for a boolean mask, of which byte masks are made piece by piece.
+
+    >>> weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> clear_beside_(weight, torch.tensor([[True, False], [False, True]]))
+    >>> weight
+    tensor([[1., 0.],
+            [0., 4.]])
+    """
+    rows = max(1, _CHUNK // max(1, tensor[0].numel())) if len(tensor) else 1
+    for row in range(0, len(tensor), rows):
+        some = tensor[row : row + rows]
+        clear_(some, encode(mask[row : row + rows], some))
+
+
 def is_clear(tensor: Tensor, keep: Tensor) -> bool:
     """Whether `clear_` would change nothing: `tensor` is +0.0 wherever `keep` is 0.
 

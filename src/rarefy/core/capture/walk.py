@@ -72,7 +72,7 @@ def walk(
     gram: torch.dtype | None = None,
     done: Collection[str] = (),
     progress: Progress | None = None,
-    spill_above: int = 1 << 27,
+    spill_above: int = 1 << 26,
     folder: Path | None = None,
 ) -> Iterator[Captured]:
     """Blocks in the order in which they run, with statistics of the inputs that their sites see at that time.

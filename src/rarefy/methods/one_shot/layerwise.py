@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rarefy.axes import AllocationField, Pattern, PatternField, Share, largest_remainder, value
 from rarefy.axes.shorthand import parse_named
+from rarefy.core import bits
 from rarefy.core.capture import walk
 from rarefy.core.choose import refuse_infinite, units_of
 from rarefy.core.held import local, shard
@@ -246,18 +247,20 @@ class _Run:
     def _put(self, site: Site, weight: Tensor | None, mask: Tensor, originals: Originals) -> None:
         """A mask, and new weights where there are some."""
         if self._moves(site):
-            new = site.parameter if weight is None else weight.to(site.parameter.dtype)
-            originals.replace(site.parameter, new.masked_fill(~mask, 0.0).contiguous())
+            new = (site.parameter if weight is None else weight).detach()
+            new = new.to(site.parameter.dtype, copy=True, memory_format=torch.contiguous_format)
+            bits.clear_beside_(new, mask)
+            originals.replace(site.parameter, new)
         else:
-            originals.remember(site.parameter)
+            originals.remember(site.parameter, mask if weight is None else None)
             if weight is not None:
                 local(site.parameter).copy_(shard(weight, site.parameter))
-            local(site.parameter).masked_fill_(~shard(mask, site.parameter), 0.0)
+            bits.clear_beside_(local(site.parameter), shard(mask, site.parameter))
         self._keep(site, mask)
 
     def _keep(self, site: Site, mask: Tensor) -> None:
         self.s.keep(site, mask)
-        site.asked = int(units_of(site, mask).sum())
+        site.asked = bits.count(units_of(site, mask))
         self.done.add(site)
 
     def _solve_matrices(self, site: Site, statistics: Sequence[Any], shared: dict[int, dict[str, Any]]) -> Solved:

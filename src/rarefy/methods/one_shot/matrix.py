@@ -19,6 +19,7 @@ from rarefy.core.capture.statistics import Statistics
 Group = Literal["row", "layer"]
 """What is compared: the units of one output row, or of the whole matrix."""
 
+_CACHED = 1 << 19
 _SAMPLED = 1 << 15
 _SAMPLE = 4096
 
@@ -116,6 +117,18 @@ def choose_mask(
         return pattern.spread(pattern.fill(None, units, keep, scores.shape), scores.shape)
     bands = units.view(-(-len(scores) // pattern.rows), -1)
     return pattern.spread(top_k_per_row(bands, quota(sparsity, bands.shape[1])).flatten(), scores.shape)
+
+
+def rows_at_once(weight: Tensor, pattern: Pattern, group: Group) -> int:
+    """How many rows `choose_mask` may be given at a time, so that scores stay in the caches; all, where all compare.
+
+    >>> rows_at_once(torch.ones(4096, 2048), NM(2, 4), "layer"), rows_at_once(torch.ones(9, 5), Unstructured(), "layer")
+    (256, 9)
+    """
+    if isinstance(pattern, NM | ConstantFanIn) or (group == "row" and isinstance(pattern, Unstructured | Block)):
+        step = pattern.rows if isinstance(pattern, Block) else 1
+        return max(1, _CACHED // (step * max(1, weight.shape[1]))) * step
+    return max(1, len(weight))
 
 
 def largest(scores: Tensor, k: int) -> Tensor:

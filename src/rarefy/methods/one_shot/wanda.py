@@ -12,12 +12,13 @@ float64 sums over all tokens (theirs: float32 means over sequences; constants ca
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from rarefy.axes import value
 from rarefy.core.method import register
 from rarefy.methods.one_shot.layerwise import Pruner
-from rarefy.methods.one_shot.matrix import Matrix, Solved, choose_mask
+from rarefy.methods.one_shot.matrix import Matrix, Solved, choose_mask, rows_at_once
 
 
 def wanda_scores(weight: Tensor, squares: Tensor) -> Tensor:
@@ -30,7 +31,7 @@ def wanda_scores(weight: Tensor, squares: Tensor) -> Tensor:
     >>> wanda_scores(torch.tensor([[4.0, -1.0, 2.0]]), torch.tensor([0.01, 4.0, 1.0]))
     tensor([[0.4000, 2.0000, 2.0000]])
     """
-    return weight.abs() * squares.sqrt().to(weight.dtype)
+    return weight.abs().mul_(squares.sqrt().to(weight.dtype))
 
 
 @register
@@ -51,5 +52,12 @@ class Wanda(Pruner):
 
     def solve(self, matrix: Matrix) -> Solved:
         """The mask alone."""
-        scores = wanda_scores(matrix.weight, matrix.statistics.squares)
-        return Solved(choose_mask(scores, matrix.pattern, matrix.keep, matrix.sparsity, self.group, matrix.line))
+        squares, weight = matrix.statistics.squares, matrix.weight
+        masks = [
+            choose_mask(
+                wanda_scores(rows, squares), matrix.pattern, matrix.keep * len(rows) // len(weight), matrix.sparsity,
+                self.group, matrix.line,
+            )
+            for rows in weight.split(rows_at_once(weight, matrix.pattern, self.group))
+        ]  # fmt: skip
+        return Solved(masks[0] if len(masks) == 1 else torch.cat(masks))
