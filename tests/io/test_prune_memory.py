@@ -21,11 +21,14 @@ import torch
 import transformers
 
 from rarefy.io.prune import prune
-from rarefy.methods import DSnoT, SparseGPT, Wanda
+from rarefy.methods import DSnoT, Magnitude, Refit, SparseGPT, Wanda
 
 folder, method, dtype = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.set_num_threads(1)
-METHODS = {"Wanda": Wanda(0.5), "SparseGPT": SparseGPT(0.5), "DSnoT": DSnoT(Wanda(0.5))}
+METHODS = {
+    "Wanda": Wanda(0.5), "SparseGPT": SparseGPT(0.5), "DSnoT": DSnoT(Wanda(0.5)),
+    "Refit": Refit(Magnitude(0.5, allocation="uniform")),
+}
 
 
 def anonymous():
@@ -75,7 +78,7 @@ print(json.dumps([after, block]))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", ["Wanda", "SparseGPT", "DSnoT"])
+@pytest.mark.parametrize("method", ["Wanda", "SparseGPT", "DSnoT", "Refit"])
 def test_finished_blocks_take_no_memory(tmp_path: Path, method: str, dtype: str):
     said = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path), method, dtype], capture_output=True, text=True, check=False

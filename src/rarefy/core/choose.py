@@ -57,9 +57,16 @@ def project(
 ) -> dict[Site, Tensor]:
     """Masks in the weights' shapes for scores in the weights' shapes. nested: masks whose false units stay masked.
 
-    Each site remembers as `asked` how many units it was to keep.
+    Each site remembers as `asked` how many units it was to keep. Scores are asked for once, in their order, and let go
+    one after the other where the allocation does not compare them.
     """
     sites = list(scores)
+    if nested is None and not _compares(sites, allocation):
+        counts = allocate(sites, allocation, sparsity, None)
+        masks = {s: fill(s, None, pooled(s, scores[s], how), counts[s]) for s in sites}
+        for site in sites:
+            site.asked = counts[site]
+        return masks
     units = {site: pooled(site, scores[site], how) for site in sites}
     if nested is None:
         counts = allocate(sites, allocation, sparsity, units)
@@ -113,6 +120,11 @@ def reachable(site: Site, asked: int) -> int:
     """Units that the pattern can keep of `asked` (constant fan-in: rows·⌊asked/rows⌋)."""
     scores = torch.zeros(site.pattern.units(site.pattern_shape))
     return int(site.pattern.fill(None, scores, asked, site.pattern_shape).sum())
+
+
+def _compares(sites: Sequence[Site], allocation: Allocation) -> bool:
+    """Whether the scores of all sites are needed to know how many units one of them keeps."""
+    return allocation.needs_scores and not all(site.pattern.fixed for site in sites)
 
 
 def _ranks(allocation: Allocation) -> bool:

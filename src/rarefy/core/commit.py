@@ -24,6 +24,18 @@ Staged = tuple[Tensor, Tensor | Everywhere | None]
 positions of the kept weights (int64, ascending) stand for the mask."""
 
 
+def refuse_misfit(site: Site, mask: Tensor) -> None:
+    """Raise ValueError for what cannot be staged as a mask of the site."""
+    shape, device = site.stored_shape, site.parameter.device
+    if isinstance(site, SparseSite) and mask.dtype == torch.int64:
+        return  # positions
+    if (mask.dtype, tuple(mask.shape), mask.device) != (torch.bool, shape, device):
+        raise ValueError(
+            f"mask of {site.name!r}: expected bool of shape {shape} on {device}, "
+            f"got {mask.dtype} of {tuple(mask.shape)} on {mask.device}."
+        )
+
+
 def commit(s: rarefy.core.sparsity.Sparsity, staged: MutableMapping[int, Staged]) -> None:
     """Apply every staged mask, taken out of `staged` one by one, and note the counts in the ledger."""
     first = not s.ledger.entries

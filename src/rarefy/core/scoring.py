@@ -23,15 +23,33 @@ def score_sites(
     batches: int | None = 1,
     temperature: float = 1.0,
     masks: Mapping[Site, Tensor] | None = None,
-) -> dict[Site, Tensor]:
-    """Raw scores in the weights' shapes, all sites; signed where the score is.
+) -> Mapping[Site, Tensor]:
+    """Raw scores in the weights' shapes, all sites; signed where the score is. Each is made when it is asked for;
+    random ones are drawn now, in the order of the sites.
 
     batches: how many of `s.data` make the gradient (None: all of them); they are summed. temperature: divides the
     model's output before the loss. masks: for the synaptic flow, the masks under which it flows.
     Raises ValueError when the score needs data or a loss that were not given.
     """
     gradients = _gradients(s, score, batches, temperature, masks)
-    return {site: _scored(site.weight, score, gradients.get(site), s.generator) for site in s.sites}
+    made = _Scores(s, score, gradients)
+    return dict(made) if score.random else made
+
+
+class _Scores(Mapping[Site, Tensor]):
+    """Scores that are in memory no longer than who asks for them keeps them."""
+
+    def __init__(self, s: Sparsity, score: Score, gradients: Mapping[Site, Tensor]) -> None:
+        self._s, self._score, self._gradients = s, score, gradients
+
+    def __getitem__(self, site: Site) -> Tensor:
+        return _scored(site.weight, self._score, self._gradients.get(site), self._s.generator)
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._s.sites)
+
+    def __len__(self) -> int:
+        return len(self._s.sites)
 
 
 def pool_of(score: Score) -> How:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from rarefy.axes import Allocation, Interval, resolve
 from rarefy.core import choose, live, state
-from rarefy.core.commit import Staged, commit, find_parameters, rebind, reset_masked_state, settle
+from rarefy.core.commit import Staged, commit, find_parameters, rebind, refuse_misfit, reset_masked_state, settle
 from rarefy.core.held import Everywhere, Held
 from rarefy.core.ledger import Ledger
 from rarefy.core.method import Journal, Method, Progress
@@ -221,7 +221,7 @@ class Sparsity:
         """
         for tensor in (mask, trainable):
             if isinstance(tensor, Tensor):
-                _refuse_misfit(site, tensor)
+                refuse_misfit(site, tensor)
         if isinstance(site, SparseSite):
             mask, trainable = site.positions_of(mask, trainable), None
         self._staged[site.index] = (mask, trainable)
@@ -306,17 +306,6 @@ class Sparsity:
     def optimizers(self) -> tuple[Optimizer, ...]:
         """Those being watched."""
         return self._watch.optimizers if self._watch is not None else ()
-
-
-def _refuse_misfit(site: Site, mask: Tensor) -> None:
-    shape, device = site.stored_shape, site.parameter.device
-    if isinstance(site, SparseSite) and mask.dtype == torch.int64:
-        return  # positions
-    if (mask.dtype, tuple(mask.shape), mask.device) != (torch.bool, shape, device):
-        raise ValueError(
-            f"mask of {site.name!r}: expected bool of shape {shape} on {device}, "
-            f"got {mask.dtype} of {tuple(mask.shape)} on {mask.device}."
-        )
 
 
 def _let_go(held: Sequence[Held]) -> None:

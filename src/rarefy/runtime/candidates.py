@@ -27,6 +27,7 @@ KINDS = {torch.float32: DType.F32, torch.bfloat16: DType.BF16, torch.float16: DT
 Calls = dict[str, list[Callable[[], object]]]
 """Candidates by name: what runs each, on as many copies of its weight as are to be read in turn."""
 
+_MANY = 64  # tokens from which on reading a weight takes little of a product: what other candidates read is enough
 _SPARSE_FROM = 0.2  # below this share of zeros, sparse forms are not tried
 
 
@@ -90,7 +91,7 @@ def _input(layer: Layer, seen: Seen) -> Tensor:
 
 def linear_calls(layer: Layer, seen: Seen, dtype: DType, ways: Sequence[Way], *, cold: bool) -> Calls:
     """The layer as it is, and these ways to run it, at the shape that was seen; by name, on one copy or several."""
-    x, bias = _input(layer, seen), layer.bias
+    x, bias, cold = _input(layer, seen), layer.bias, cold and seen.tokens < _MANY
     exact = None if bias is None else bias.float()
     calls: Calls = {AS_IT_IS: [lambda w=w: functional.linear(x, w, bias) for w in _weights(layer, cold)]}
     made: dict[tuple[Form, int], list[Stored]] = {}
@@ -129,7 +130,7 @@ def conv_calls(
     layer: Layer, geometry: Geometry, seen: Seen, dtype: DType, ways: dict[str, tuple[Storage, str]], *, cold: bool
 ) -> Calls:
     """As `linear_calls`, without those for which there turns out to be no kernel."""
-    x, bias = _input(layer, seen), layer.bias
+    x, bias, cold = _input(layer, seen), layer.bias, cold and seen.tokens < _MANY
     shape = geometry.out, geometry.channels, geometry.kernel_h, geometry.kernel_w
     exact = None if bias is None else bias.float()
     calls: Calls = {

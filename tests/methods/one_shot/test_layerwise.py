@@ -10,7 +10,7 @@ import rarefy
 import tiny
 from methods.one_shot.layers import batches, generator, mlp, statistics
 from rarefy.axes import NM, OWL, AtLeast, count
-from rarefy.methods.one_shot import budgets, layerwise
+from rarefy.methods.one_shot import budgets, layerwise, run
 from rarefy.methods.one_shot.alps import ALPS
 from rarefy.methods.one_shot.dsnot import DSnoT
 from rarefy.methods.one_shot.magnitude import Magnitude
@@ -182,7 +182,7 @@ def test_refit_of_a_grouped_convolution_lowers_its_error():
 
 
 def test_matrices_that_no_input_reached_go_by_magnitude(monkeypatch):
-    walk = layerwise.walk
+    walk = run.walk
 
     def without(model, sites, data, **how):
         for captured in walk(model, sites, data, **how):
@@ -193,7 +193,7 @@ def test_matrices_that_no_input_reached_go_by_magnitude(monkeypatch):
                     del captured.statistics[site]
             yield captured
 
-    monkeypatch.setattr(layerwise, "walk", without)
+    monkeypatch.setattr(run, "walk", without)
     model = mlp()
     by_magnitude = rarefy.sparsify(copy.deepcopy(model), Magnitude(0.5, "uniform")).masks
     with pytest.warns(UserWarning, match=r"no calibration input reached 2 matrices \(1\.0\.weight, 2\.0\.weight\)"):
