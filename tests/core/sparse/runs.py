@@ -13,6 +13,7 @@ import rarefy
 import tiny
 from rarefy import Every, Sparsity
 from rarefy.core.method import Method
+from rarefy.core.sparse import SparseLinear
 
 STEPS = 64
 
@@ -28,6 +29,7 @@ METHODS: dict[str, Method] = {
     "Magnitude 2:4": rarefy.Magnitude(pattern="2:4"),
 }
 RIGL = METHODS["RigL"]
+RANDOM = rarefy.Random(0.5)
 
 Make = Callable[[nn.Module], Optimizer]
 
@@ -107,3 +109,8 @@ def assert_same(one: Run, other: Run, tolerance: float) -> None:
         assert all(torch.equal(mine[name], theirs[name]) for name in mine), f"masks differ after step {step + 1}"
     assert max(abs(a - b) for a, b in zip(one.losses, other.losses, strict=True)) <= tolerance
     assert one.handle.ledger == other.handle.ledger
+
+
+def layers(model: nn.Module) -> list[SparseLinear]:
+    """Those that run sparse."""
+    return [m for m in model.modules() if isinstance(m, SparseLinear)]
