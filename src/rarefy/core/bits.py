@@ -57,7 +57,7 @@ def clear_beside_(tensor: Tensor, mask: Tensor) -> None:
     tensor([[1., 0.],
             [0., 4.]])
     """
-    rows = max(1, _CHUNK // max(1, tensor[0].numel())) if len(tensor) else 1
+    rows = _rows_at_once(tensor)
     for row in range(0, len(tensor), rows):
         some = tensor[row : row + rows]
         clear_(some, encode(mask[row : row + rows], some))
@@ -73,11 +73,15 @@ def is_clear(tensor: Tensor, keep: Tensor) -> bool:
     found, keep = as_bits(tensor), keep.expand_as(tensor)
     if found.ndim == 0:
         found, keep = found[None], keep[None]
-    rows = max(1, _CHUNK // max(1, found[0].numel())) if len(found) else 1
+    rows = _rows_at_once(found)
     for row in range(0, len(found), rows):
         if bool(found[row : row + rows].ne(0).logical_and_(keep[row : row + rows].eq(0)).any()):
             return False
     return True
+
+
+def _rows_at_once(tensor: Tensor) -> int:
+    return max(1, _CHUNK // max(1, tensor[0].numel())) if len(tensor) else 1
 
 
 def _shared(tensor: Tensor) -> bool:
@@ -91,7 +95,7 @@ def _clear_by_torch(tensor: Tensor, keep: Tensor) -> None:
     if bits.numel() <= _CHUNK or bits.ndim == 0:
         bits.bitwise_and_(keep.to(width))
         return
-    rows = max(1, _CHUNK // max(1, bits[0].numel()))
+    rows = _rows_at_once(bits)
     keep = keep.expand_as(bits)
     for row in range(0, len(bits), rows):
         bits[row : row + rows].bitwise_and_(keep[row : row + rows].to(width))

@@ -61,13 +61,8 @@ def project(
     one after the other where the allocation does not compare them.
     """
     sites = list(scores)
-    if nested is None and not _compares(sites, allocation):
-        counts = allocate(sites, allocation, sparsity, None)
-        masks = {s: fill(s, None, pooled(s, scores[s], how), counts[s]) for s in sites}
-        for site in sites:
-            site.asked = counts[site]
-        return masks
-    units = {site: pooled(site, scores[site], how) for site in sites}
+    together = sites if nested is not None or _compares(sites, allocation) else []
+    units = {site: pooled(site, scores[site], how) for site in together}
     if nested is None:
         counts = allocate(sites, allocation, sparsity, units)
     else:
@@ -77,9 +72,10 @@ def project(
         counts = allocate(sites, allocation, sparsity, ranked if _ranks(allocation) else units)
         counts = _within(counts, {site: int(kept[site].sum()) for site in sites})
         units = ranked
+    masks = {s: fill(s, None, units[s] if together else pooled(s, scores[s], how), counts[s]) for s in sites}
     for site in sites:
         site.asked = counts[site]
-    return {s: fill(s, None, units[s], counts[s]) for s in sites}
+    return masks
 
 
 def fill(site: Site, keep: Tensor | None, units: Tensor, count: int) -> Tensor:

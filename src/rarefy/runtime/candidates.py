@@ -114,7 +114,7 @@ def _made(layer: Layer, way: Way, dtype: DType, made: Mapping[tuple[Form, int], 
     if way.form != Form.LUT:
         return stored_of(layer, way.form, way.block, dtype)
     bitmap = made.get((Form.BITMAP, 1))
-    return Copies(bitmap[0] if bitmap else stored_of(layer, Form.BITMAP, 1, dtype)).get(Form.LUT, 1)
+    return (bitmap[0] if bitmap else stored_of(layer, Form.BITMAP, 1, dtype)).looked_up()
 
 
 def _again(stored: Stored, cold: bool) -> list[Stored]:
