@@ -53,7 +53,6 @@ def test_what_is_spilled_is_the_same_and_nobody_elses(tmp_path: Path, tensor: to
     tensor = tensor if dtype is None else tensor.to(dtype)
     journal = Journal(tmp_path, SETTINGS, lean=True)
     before = sorted(tmp_path.iterdir())
-    assert journal.spill is not None
     a, b = journal.spill(tensor), journal.spill(tensor)
     assert a.dtype == tensor.dtype
     assert torch.equal(a, tensor)
@@ -62,10 +61,20 @@ def test_what_is_spilled_is_the_same_and_nobody_elses(tmp_path: Path, tensor: to
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_only_a_lean_journal_spills(tmp_path: Path):
+    tensor = torch.ones(3)
+    assert Journal(tmp_path, SETTINGS).spill(tensor) is tensor
+
+
+def test_masks_are_left_out_where_they_are_not_asked_for(tmp_path: Path):
+    journal = Journal(tmp_path, SETTINGS)
+    journal.keep("block", {"weight": torch.ones(2), "weight.mask": torch.ones(2).bool()})
+    assert set(journal.load("block", masks=False)) == {"weight"}
+
+
 def test_thousands_are_spilled_without_an_open_file(tmp_path: Path):
     resource = pytest.importorskip("resource", reason="the system has no such limit")
     journal = Journal(tmp_path, SETTINGS, lean=True)
-    assert journal.spill is not None
     most = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, most[1]))

@@ -57,7 +57,7 @@ def _apply(s: rarefy.core.sparsity.Sparsity, site: Site, mask: Tensor, trainable
     flips = bits.count(bits.differ(site.mask, mask))
     before = held.train
     held.set(mask, trainable)
-    if s.spill is not None:
+    if s.lean:
         held.move(s.spill)
     if site.master is not None:
         with torch.no_grad():
@@ -65,15 +65,14 @@ def _apply(s: rarefy.core.sparsity.Sparsity, site: Site, mask: Tensor, trainable
         _move_state(s, held, before)
         _clear(held)
     else:  # zeros first: state that copies the weight follows what it becomes
-        _clear(held, unless_clear=s.spill is not None)  # what is not written to stays the file's that it is a map of
+        _clear(held, unless_clear=s.lean)  # what is not written to stays the file's that it is a map of
         _move_state(s, held, before)
     for follower in site.followers:
         before = follower.train
         follow(site, follower, mask)
         _clear(follower)
         _move_state(s, follower, before)
-    packed = bits.pack(mask).cpu()
-    _note_explored(s, site, site.explored_bits(), packed if s.spill is None else s.spill(packed))
+    _note_explored(s, site, site.explored_bits(), s.spill(bits.pack(mask).cpu()))
     return flips
 
 

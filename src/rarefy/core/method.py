@@ -24,8 +24,8 @@ class Journal(Protocol):
         """Names of the finished blocks."""
         ...
 
-    def load(self, block: str) -> dict[str, Tensor]:
-        """What `keep` was given."""
+    def load(self, block: str, *, masks: bool = True) -> dict[str, Tensor]:
+        """What `keep` was given, masks where they are asked for."""
         ...
 
     def keep(self, block: str, tensors: Mapping[str, Tensor]) -> None:
@@ -33,8 +33,12 @@ class Journal(Protocol):
         ...
 
     @property
-    def spill(self) -> Callable[[Tensor], Tensor] | None:
-        """What maps a tensor's bits on its disk, where finished weights and masks leave memory; None: they stay."""
+    def lean(self) -> bool:
+        """Whether finished weights and masks leave memory."""
+        ...
+
+    def spill(self, tensor: Tensor) -> Tensor:
+        """A tensor's bits mapped on its disk; the tensor itself where it is not lean."""
         ...
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -280,9 +280,13 @@ class Sparsity:
     # -- what the core asks --------------------------------------------------------------------------------------
 
     @property
-    def spill(self) -> Callable[[Tensor], Tensor] | None:
-        """What takes a tensor out of memory, while a run whose journal wants that begins; else None."""
-        return None if self.journal is None else self.journal.spill
+    def lean(self) -> bool:
+        """Whether what is finished leaves memory: while a run begins whose journal wants that."""
+        return self.journal is not None and self.journal.lean
+
+    def spill(self, tensor: Tensor) -> Tensor:
+        """A tensor's bits out of memory where the run is lean, else the tensor itself."""
+        return tensor if self.journal is None else self.journal.spill(tensor)
 
     def held(self) -> list[Held]:
         """Every parameter under a mask: sites and their followers."""

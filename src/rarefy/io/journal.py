@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -40,7 +40,7 @@ class Journal:
 
     def __init__(self, folder: Path | str, settings: Mapping[str, Any] | str, *, lean: bool = False) -> None:
         self.folder = Path(folder)
-        self.spill: Callable[[Tensor], Tensor] | None = self._spill if lean else None
+        self.lean = lean
         said = {"digest": settings} if isinstance(settings, str) else dict(settings)
         self.settings: dict[str, Any] = json.loads(json.dumps(said))
         new = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
@@ -77,24 +77,27 @@ class Journal:
         container.write(path, stored, {"block": block, "masks": masks})
         self._files[block] = path
 
-    def load(self, block: str) -> dict[str, Tensor]:
-        """The tensors of a finished block, mapped. Raises KeyError for another, ValueError for a damaged file."""
+    def load(self, block: str, *, masks: bool = True) -> dict[str, Tensor]:
+        """The tensors of a finished block, mapped; masks, which are unpacked, where they are asked for.
+
+        Raises KeyError for another block, ValueError for a damaged file.
+        """
         reader = container.Reader(self._files[block])
-        masks: dict[str, list[int]] = reader.contents["masks"]
+        packed: dict[str, list[int]] = reader.contents["masks"]
         found: dict[str, Tensor] = {}
-        for name in (name for name in reader.names() if name not in masks):
+        for name in (name for name in reader.names() if name not in packed):
             found[name] = reader.tensor(name)
-        for name, shape in masks.items():
-            found[name] = bits.unpack(reader.tensor(name), tuple(shape))
+        if masks:
+            found |= {name: bits.unpack(reader.tensor(name), tuple(shape)) for name, shape in packed.items()}
         return found
 
-    def _spill(self, tensor: Tensor) -> Tensor:
+    def spill(self, tensor: Tensor) -> Tensor:
         """A tensor's bits in the map of a file here, which no one else sees and which is gone when the tensor is.
 
-        What is written to it never reaches the file. Where the system allows no more maps, the tensor itself. Raises
-        OSError where there is no room.
+        What is written to it never reaches the file. The tensor itself where the journal is not lean, and where the
+        system allows no more maps. Raises OSError where there is no room.
         """
-        data = container.bytes_of(tensor)
+        data = container.bytes_of(tensor) if self.lean else b""
         if not data:
             return tensor
         path = self.folder / f".{secrets.token_hex(8)}.partial"

@@ -47,7 +47,7 @@ class Run:
 
     def all_blocks(self, originals: Originals) -> None:
         for site, mask in self.method.given(self.s).items():
-            self.given[site] = self._spilled(mask)
+            self.given[site] = self.s.spill(mask)
             self.s.keep(site, self.given[site])
         self.budgets = budgets(self.method, self.s, self.given)
         dtype = (torch.float64 if self.double else torch.float32) if collects_gram(self.method) else None
@@ -84,7 +84,7 @@ class Run:
                 site, mask = sites[name], tensors.pop(name + _MASK)
                 if self._moves(site):
                     originals.replace(site.parameter, tensors.pop(name))
-                    self._keep(site, self._spilled(mask))
+                    self._keep(site, self.s.spill(mask))
                 else:
                     self._put(site, tensors[name], mask, originals)
         return finished
@@ -95,23 +95,20 @@ class Run:
             weights = {site.name: site.parameter.detach() for site in sites}
             masks = {site.name + _MASK: self.s._staged[site.index][0] for site in sites}
             self.s.journal.keep(block, {**weights, **masks})
-            if self.s.spill is not None:
-                self._let_go(sites, self.s.journal.load(block))
+            if self.s.lean:
+                self._let_go(sites, self.s.journal.load(block, masks=False))
 
     def _let_go(self, sites: Sequence[Site], kept: Mapping[str, Tensor]) -> None:
-        """Weights and masks of a finished block become maps of what the journal has."""
+        """Weights of a finished block become maps of what the journal has, masks maps beside it."""
         for site in filter(self._moves, sites):
             site.parameter.data = kept[site.name]
-            self.s.keep(site, self._spilled(self.s._staged[site.index][0]))
-
-    def _spilled(self, mask: Tensor) -> Tensor:
-        return mask if self.s.spill is None else self.s.spill(mask)
+            self.s.keep(site, self.s.spill(self.s._staged[site.index][0]))
 
     def _moves(self, site: Site) -> bool:
         """Whether the parameter is given another memory, of which the journal's disk takes care, and not written to."""
         parameter = site.parameter
         plain = type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.is_contiguous()
-        return plain and self.s.spill is not None
+        return plain and self.s.lean
 
     def _tell(self, done: int, of: int, name: str) -> None:
         if self.s.progress is not None:
