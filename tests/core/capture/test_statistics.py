@@ -1,7 +1,10 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 from rarefy.core.capture import Accumulator, statistics
+from rarefy.core.capture.store import Store
 
 
 def sample(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -34,6 +37,27 @@ def test_sums_of_a_hand_made_sample(dtype: torch.dtype, gram: torch.dtype | None
         result.gram.double(), rows.T @ rows, rtol=1e-12 if gram == torch.float64 else 1e-6, atol=0
     )
     torch.testing.assert_close(result.hessian(), result.gram * 2 / 15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("limit", [0, 1 << 20])
+def test_a_gram_matrix_made_of_kept_inputs_has_the_same_bits(dtype: torch.dtype, limit: int, tmp_path: Path):
+    x = sample(6, 50, 300, dtype=dtype)
+    plain = Accumulator(300, gram=torch.float32)
+    with Store(limit, tmp_path) as store:
+        kept = Accumulator(300, gram=torch.float32, store=store)
+        for part in x.split(2):
+            plain.add(part)
+            kept.add(part)
+        (held,), (made,) = plain.result(), kept.result()
+        del kept
+        assert held.gram is not None
+        assert made.gram is not None
+        assert torch.equal(made.gram, held.gram)
+        assert torch.equal(made.hessian(), held.hessian())
+        assert store.memory + store.disk == x.nbytes
+        del made
+        assert store.memory + store.disk == 0
 
 
 def test_chunks_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,8 @@
 import gc
 import itertools
+import math
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from torch import nn
 
 from architectures import ARCHITECTURES, build
 from core.capture.references import close, hooked, shrink
-from rarefy.core.capture import blocks_of, default_sites, dense_statistics, walk
+from rarefy.core.capture import blocks_of, collect, default_sites, dense_statistics, walk
 from rarefy.core.sites import find_sites
 
 FAST = {"Llama", "GPT2", "Gemma3", "Mixtral", "T5", "ViT", "Whisper", "Mamba", "ResNet"}
@@ -113,6 +115,23 @@ def test_spilled_activations_are_the_same_bits(tmp_path):
     spilled = kept(*build("T5"), gram=torch.float32, spill_above=0, folder=tmp_path)
     assert same(plain, spilled, 0.0)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "GptOss"])
+def test_of_experts_inputs_are_kept_and_their_gram_matrices_have_the_same_bits(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model, data = build(name)
+    for captured in walk(model, default_sites(model, find_sites(model)), data, gram=torch.float32):
+        each = {id(part): part.outer for parts in captured.statistics.values() for part in parts}
+        held = [outer.numel() for outer in each.values() if isinstance(outer, torch.Tensor)]
+        widest = max(len(part.squares) for parts in captured.statistics.values() for part in parts)
+        assert len(held) < len(each)
+        assert sum(held) <= 1.5 * widest**2
+    made = kept(*build(name), gram=torch.float32, spill_above=0, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(collect, "_HELD", math.inf)
+    assert same(made, kept(*build(name), gram=torch.float32), 0.0)
 
 
 def test_a_walk_given_up_leaves_no_files(tmp_path):

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from rarefy.core.capture.operands import Rows
 from rarefy.core.capture.statistics import Accumulator, Statistics
+from rarefy.core.capture.store import Store
 from rarefy.core.sites import Site
 
 _RECENT = 4  # inputs remembered, so that the next matrices that read the same one are recognised
+_HELD = 1.5  # Gram matrices added up as inputs come, in entries of the widest one; of the others inputs are kept
 
 
 class Again(BaseException):
@@ -61,10 +63,16 @@ class _Input:
 
 
 class Collector:
-    """A sink of the Observer, for the inputs of `sites`. `known` grows when `Again` is raised."""
+    """A sink of the Observer, for the inputs of `sites`. `known` grows when `Again` is raised.
 
-    def __init__(self, gram: torch.dtype | None, sites: Sequence[Site], known: Known) -> None:
-        self.gram = gram
+    store: keeps inputs where Gram matrices would take more memory than a solver does; None: all are held.
+    """
+
+    def __init__(
+        self, gram: torch.dtype | None, sites: Sequence[Site], known: Known, store: Store | None = None
+    ) -> None:
+        self.gram, self._store = gram, store
+        self._left = _HELD * max((site.numel // site.shape[0] for site in sites), default=0) ** 2
         self.sequences = 1
         self._sites, self._known = sites, known
         self._slots: dict[Rows, _Slot] = {}
@@ -131,8 +139,20 @@ class Collector:
     def _new_slot(self, rows: Rows, recipe: object, source: Tensor, twin: Rows | None) -> _Slot:
         if twin is not None and rows not in self._known.separate and self._slots[twin].calls == 1:
             return _Slot(self._slots[twin].accumulator, twin)
-        groups = int(getattr(recipe, "groups", 1))
-        return _Slot(Accumulator(rows.width, matrices=groups, gram=self.gram, device=source.device), rows)
+        groups = getattr(recipe, "groups", None)
+        store = self._store_for((groups or 1) * rows.width**2, convolution=groups is not None)
+        made = Accumulator(rows.width, matrices=groups or 1, gram=self.gram, device=source.device, store=store)
+        return _Slot(made, rows)
+
+    def _store_for(self, entries: int, *, convolution: bool) -> Store | None:
+        """Where inputs are kept instead of Gram matrices of so many entries; None: there is room to hold these.
+
+        A convolution's inputs, each many times in its rows, would take more than what is saved.
+        """
+        if entries > self._left and not convolution:
+            return self._store
+        self._left -= entries
+        return None
 
     def _by_sequence(self, site: Site, x: Tensor) -> Tensor:
         """Tokens as (sequences, tokens of each, ...): experts see tokens of all sequences mixed."""
@@ -188,12 +208,11 @@ def _together(parts: Sequence[Statistics], site: Site) -> Statistics:
     if len(parts) == 1:
         return parts[0]
     zero = torch.zeros(3, site.numel // site.shape[0], dtype=torch.float64, device=site.parameter.device)
-    found = Statistics(0, 0, *zero.unbind())
+    found, grams = Statistics(0, 0, *zero.unbind()), [gram for part in parts if (gram := part.gram) is not None]
+    found.outer = sum(grams[1:], grams[0]) if grams else None
     for part in parts:
         found.tokens += part.tokens
         found.sequences += part.sequences
         for own, other in ((found.squares, part.squares), (found.sums, part.sums), (found.within, part.within)):
             own += other
-        if part.gram is not None:
-            found.gram = part.gram.clone() if found.gram is None else found.gram.add_(part.gram)
     return found

@@ -1,15 +1,19 @@
 """What calibration tells about the inputs of one matrix: first and second moments, and the Gram matrix if asked for.
 
 Rows are taken in chunks, so that temporary memory stays small whatever the batch. Moments are summed in float64, the
-Gram matrix in the dtype asked for.
+Gram matrix in the dtype asked for: as the inputs come, or, where too many matrices would be held at once (a mixture's
+experts), from inputs that are kept, in files beyond a limit, when it is asked for. Both give the same bits.
 """
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from rarefy.core.capture.store import Store
 
 _CHUNK = 1 << 18  # entries converted to float64 at a time: the fastest of 2^15 to 2^19 for 1024 to 4096 features
 _GRAM_CHUNK = 1 << 23  # entries of a chunk that must be converted before it enters the Gram matrix
@@ -25,7 +29,7 @@ class Statistics:
     within [in] float64: Σ over sequences of (its tokens) · (unbiased variance within it); a sequence of one token has
     none. Rows are taken to lie sequence by sequence; a layer that runs with the tokens first (nn.MultiheadAttention
     inside) mixes sequences in `within`, and in that alone.
-    gram [in, in]: Σ x xᵀ, symmetric, or None where it was not asked for.
+    outer: what `gram` is or is made of.
 
     >>> from rarefy.core.capture.statistics import Accumulator
     >>> found = Accumulator(2, gram=torch.float64)
@@ -39,35 +43,72 @@ class Statistics:
     squares: Tensor
     sums: Tensor
     within: Tensor
-    gram: Tensor | None = None
+    outer: Tensor | Inputs | None = None
+
+    @property
+    def gram(self) -> Tensor | None:
+        """[in, in]: Σ x xᵀ, symmetric, or None where it was not asked for; made anew where inputs are kept."""
+        return self.outer.gram() if isinstance(self.outer, Inputs) else self.outer
 
     def hessian(self) -> Tensor:
         """2 / tokens · Σ x xᵀ, a fresh tensor: of the mean squared error of an output. RuntimeError without a gram."""
-        if self.gram is None:
+        if (gram := self.gram) is None:
             raise RuntimeError("no Gram matrix was collected: ask for one, gram=torch.float32 or torch.float64.")
-        return self.gram * (2 / max(1, self.tokens))
+        return gram * (2 / max(1, self.tokens))
 
     def variance(self) -> Tensor:
         """[in] float64: the variance within sequences, token-weighted."""
         return self.within / max(1, self.tokens)
 
 
+class Inputs:
+    """The inputs of one matrix, kept in a store for as long as this lives; its Gram matrix is made of them."""
+
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device | None, store: Store) -> None:
+        self._width, self._dtype, self._device, self._store = width, dtype, device, store
+        self._handles: list[int] = []
+        weakref.finalize(self, store.drop_all, self._handles).atexit = False
+
+    def add(self, x: Tensor) -> None:
+        """x: (sequences, tokens of each, in)."""
+        self._handles.append(self._store.put(x))
+
+    def gram(self) -> Tensor:
+        """[in, in]: Σ x xᵀ, a fresh tensor."""
+        gram = torch.zeros(self._width, self._width, dtype=self._dtype, device=self._device)
+        for handle in self._handles:
+            _add_gram(gram, self._store.get(handle))
+        _symmetric_(gram)
+        return gram
+
+
 class Accumulator:
     """Adds up the inputs of `matrices` matrices of one width that see the same number of tokens (convolution groups).
 
-    width: inputs of each. gram: dtype of the Gram matrix, None for none. Tensors are made at the first rows.
+    width: inputs of each. gram: dtype of the Gram matrix, None for none. store: of one matrix, keeps inputs until its
+    Gram matrix is asked for.
     """
 
     def __init__(
-        self, width: int, *, matrices: int = 1, gram: torch.dtype | None = None, device: torch.device | None = None
+        self,
+        width: int,
+        *,
+        matrices: int = 1,
+        gram: torch.dtype | None = None,
+        device: torch.device | None = None,
+        store: Store | None = None,
     ) -> None:
         if gram not in (None, torch.float32, torch.float64):
             raise ValueError(f"gram={gram}: Gram matrices are float32 or float64.")
-        self.width, self.matrices = width, matrices
+        self.width, self.matrices, self.dtype = width, matrices, gram
         self.tokens = self.sequences = 0
         moments = torch.zeros(3, matrices, width, dtype=torch.float64, device=device)
         self.squares, self.sums, self.within = moments.unbind()
-        self.gram = None if gram is None else torch.zeros(matrices, width, width, dtype=gram, device=device)
+        self.gram: Tensor | Inputs | None = None
+        if gram is not None and store is not None and matrices == 1:
+            self.gram = Inputs(width, gram, device, store)
+        elif gram is not None:
+            self.gram = torch.zeros(matrices, width, width, dtype=gram, device=device)
 
     def add(self, x: Tensor) -> None:
         """x: (sequences, tokens of each, in), or (sequences, tokens of each, matrices, in) for several matrices."""
@@ -80,11 +121,12 @@ class Accumulator:
         step = max(1, _CHUNK // (length * self.matrices * self.width))
         for start in range(0, count, step):
             self._add_moments(x[start : start + step])
-        if self.gram is not None:
-            if self.matrices == 1:
-                _add_gram(self.gram[0], x[:, :, 0])
-            else:
-                _add_grams(self.gram, x)
+        if isinstance(self.gram, Inputs):
+            self.gram.add(x[:, :, 0])
+        elif self.gram is not None and self.matrices == 1:
+            _add_gram(self.gram[0], x[:, :, 0])
+        elif self.gram is not None:
+            _add_grams(self.gram, x)
 
     def _add_moments(self, x: Tensor) -> None:
         length = x.shape[1]
@@ -107,15 +149,16 @@ class Accumulator:
                 f"inputs of {name!r} hold NaN or infinite values: nothing of this block was changed. Look for damaged "
                 "weights, padding that no attention mask names, or an overflow (float16 activations: use bfloat16)."
             )
-        if self.gram is not None and float(self.squares.amax()) > torch.finfo(self.gram.dtype).max:
-            raise ValueError(f"inputs of {name!r} overflow {self.gram.dtype}: ask for gram=torch.float64.")
+        if self.dtype is not None and float(self.squares.amax()) > torch.finfo(self.dtype).max:
+            raise ValueError(f"inputs of {name!r} overflow {self.dtype}: ask for gram=torch.float64.")
 
     def result(self) -> list[Statistics]:
         """One Statistics for each matrix: views of what has been added up, made symmetric."""
-        if self.gram is not None and self.matrices == 1:
-            _symmetric_(self.gram[0])
-        elif self.gram is not None:
-            self.gram.copy_(self.gram.triu() + self.gram.triu(1).mT)
+        gram = self.gram
+        if isinstance(gram, Tensor) and self.matrices == 1:
+            _symmetric_(gram[0])
+        elif isinstance(gram, Tensor):
+            gram.copy_(gram.triu() + gram.triu(1).mT)
         return [
             Statistics(
                 self.tokens,
@@ -123,7 +166,7 @@ class Accumulator:
                 self.squares[i],
                 self.sums[i],
                 self.within[i],
-                None if self.gram is None else self.gram[i],
+                gram[i] if isinstance(gram, Tensor) else gram,
             )
             for i in range(self.matrices)
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -49,6 +50,7 @@ class Store:
         """Forget everything and remove the temporary folder."""
         self._entries.clear()
         self._known.clear()
+        self.memory = self.disk = 0
         if self._temporary is not None:
             self._temporary.cleanup()
             self._temporary = None
@@ -106,6 +108,12 @@ class Store:
             self.disk -= entry.size
         else:
             self.memory -= entry.size
+
+    def drop_all(self, handles: Iterable[int]) -> None:
+        """`drop` each that is still there: a store that was closed has none."""
+        for handle in handles:
+            if handle in self._entries:
+                self.drop(handle)
 
     def _entry(self, tensor: Tensor, handle: int, digest: bytes | None) -> _Entry:
         # An axis of stride 0 is one entry seen many times: kept once, its length with a minus sign.

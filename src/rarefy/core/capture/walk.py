@@ -8,8 +8,10 @@ of a chain are replayed by themselves where that is possible, bit for bit; elsew
 and stops after it: slower, and right everywhere. `Captured.fallback` says which, and why.
 
 Memory beside the model's: the activations between two blocks, once (in files beyond a limit); what one block needs for
-one batch; and the statistics of one block: K² entries for each tensor of K features that its sites read, if Gram
-matrices are asked for (every expert reads two tensors of its own).
+one batch; and the statistics of one block. If Gram matrices are asked for, those are K² entries for each tensor of K
+features that its sites read, up to one and a half times the widest one's; of what else is read (every expert reads two
+tensors of its own) the inputs are kept, in files beyond that limit, and a Gram matrix is made when it is used.
+Convolutions always hold theirs.
 """
 
 from __future__ import annotations
@@ -135,7 +137,7 @@ class _Walk:
             give_back(collect=False)
             if block in wanted:
                 run_batch = self._run_whole(block) if replay is None else _run_block(replay, index)
-                captured = Captured(block, self.collect(block, run_batch), wanted[block], len(wanted), reason)
+                captured = Captured(block, self.collect(block, run_batch, store), wanted[block], len(wanted), reason)
                 yield captured
                 captured.statistics.clear()
             if replay is not None and index < pending[-1]:
@@ -156,11 +158,16 @@ class _Walk:
         until = block.module if block in self.over_after else None
         return lambda batch: run(self.model, self.batches[batch], until)
 
-    def collect(self, block: Block, run_batch: Callable[[int], None]) -> dict[Site, list[Statistics]]:
-        """Statistics of the block's sites of a run of all batches; again where the first one misled."""
+    def collect(
+        self, block: Block, run_batch: Callable[[int], None], store: Store | None = None
+    ) -> dict[Site, list[Statistics]]:
+        """Statistics of the block's sites of a run of all batches; again where the first one misled.
+
+        store: for inputs whose Gram matrices would be too many to hold.
+        """
         known = Known()
         while True:
-            collector = Collector(self.gram, block.sites, known)
+            collector = Collector(self.gram, block.sites, known, store)
             try:
                 ran = self._observe(block, collector, run_batch)
             except Again:

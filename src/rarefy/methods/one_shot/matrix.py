@@ -47,9 +47,9 @@ class Matrix:
     @property
     def gram(self) -> Tensor:
         """Σ x xᵀ, in the weight's dtype. Raises ValueError where none was collected."""
-        if self.statistics.gram is None:
+        if (gram := self.statistics.gram) is None:
             raise ValueError(f"{self.name!r}: its inputs were seen without Σ x xᵀ, which this method solves with")
-        return self.statistics.gram.to(self.weight.dtype)
+        return gram.to(self.weight.dtype)
 
 
 @dataclass

@@ -16,6 +16,7 @@ from rarefy.core import bits
 from rarefy.core.capture import walk
 from rarefy.core.choose import refuse_infinite, units_of
 from rarefy.core.held import local, shard
+from rarefy.core.memory import give_back
 from rarefy.core.method import Method
 from rarefy.core.sites import Site
 from rarefy.core.sparsity import Sparsity
@@ -133,8 +134,6 @@ class Run:
     ) -> None:
         with torch.no_grad():
             solved = self._solve_matrices(site, statistics, shared)
-            if solved.weight is not None:
-                refuse_infinite(site.name, solved.weight, "new weights")
             weight = None if solved.weight is None else from_matrix(site, solved.weight)
             self._put(site, weight, from_matrix(site, solved.mask), originals)
 
@@ -177,7 +176,14 @@ class Run:
                 name, weight, permuted(site, seen), site.pattern, kept[index], budget.sparsity, given[index]
             )
             matrix.line, matrix.shared = line_of(site), shared[id(seen)]
-            found.append(self.method.solve(matrix))
+            solved = self.method.solve(matrix)
+            if len(parts) > 1 and all(each is not seen for each in statistics[index + 1 :]):
+                matrix.shared.clear()  # of all experts together it would be what inputs were kept to avoid
+                give_back(collect=False)
+            if solved.weight is not None:
+                solved.weight = solved.weight.to(part.dtype)  # here: of all matrices together they would take much
+                refuse_infinite(name, solved.weight, "new weights")
+            found.append(solved)
         return _joined(found, parts)
 
 
@@ -193,8 +199,5 @@ def _joined(found: Sequence[Solved], parts: Sequence[Tensor]) -> Solved:
     mask = torch.cat([each.mask for each in found])
     if all(each.weight is None for each in found):
         return Solved(mask)
-    weights = [
-        part.to(torch.float64 if part.dtype == torch.float64 else torch.float32) if each.weight is None else each.weight
-        for each, part in zip(found, parts, strict=True)
-    ]
+    weights = [part if each.weight is None else each.weight for each, part in zip(found, parts, strict=True)]
     return Solved(mask, torch.cat(weights))

@@ -36,9 +36,9 @@ def permuted(site: Site, statistics: Statistics) -> Statistics:
     if not _moves(site):
         return statistics
     order = torch.arange(len(statistics.squares)).view(site.shape[1], -1).t().flatten()
-    gram = None if statistics.gram is None else statistics.gram[order][:, order]
+    gram = statistics.gram
     vectors = {name: getattr(statistics, name)[order] for name in ("squares", "sums", "within")}
-    return dataclasses.replace(statistics, gram=gram, **vectors)
+    return dataclasses.replace(statistics, outer=None if gram is None else gram[order][:, order], **vectors)
 
 
 def _moves(site: Site) -> bool:
