@@ -97,6 +97,13 @@ def test_other_settings_are_refused_and_named(tmp_path: Path):
     assert Journal(tmp_path, SETTINGS).done() == ["block"]
 
 
+def test_a_journal_in_which_nothing_is_finished_is_anyones(tmp_path: Path):
+    Journal(tmp_path, SETTINGS)
+    Journal(tmp_path, {**SETTINGS, "seed": 1}).keep("block", some(0))
+    with pytest.raises(ValueError, match="seed was 1, now 0"):
+        Journal(tmp_path, SETTINGS)
+
+
 def test_a_block_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     journal = Journal(tmp_path, SETTINGS)
     journal.keep("first", some(0))

@@ -28,7 +28,7 @@ folder, method, dtype = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.set_num_threads(1)
 METHODS = {
     "Wanda": Wanda(0.5), "SparseGPT": SparseGPT(0.5), "DSnoT": DSnoT(Wanda(0.5)),
-    "Refit": Refit(Magnitude(0.5, allocation="uniform")),
+    "Magnitude": Magnitude(0.5, allocation="uniform"), "Refit": Refit(Magnitude(0.5, allocation="uniform")),
 }
 running = True
 
@@ -88,10 +88,14 @@ print(json.dumps([after, block]))
 """
 )
 
-MANY_EXPERTS = (
+MOST = (
     BEGIN
     + r"""
-block = save("model", 2, 32, "Mixtral", num_local_experts=16, intermediate_size=1024)
+MODELS = {
+    "Llama": lambda: save("model", 14, 512),
+    "Mixtral": lambda: save("model", 2, 32, "Mixtral", num_local_experts=16, intermediate_size=1024),
+}
+block = MODELS[sys.argv[4]]()
 prune(folder / "model", folder / "first", METHODS[method], calibration=data)  # torch keeps code for every shape
 settle()
 before = most = anonymous()
@@ -132,8 +136,14 @@ def test_finished_blocks_take_no_memory(tmp_path: Path, method: str, dtype: str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["SparseGPT", "Refit"])
 def test_gram_matrices_of_experts_are_not_held_together(tmp_path: Path, method: str, dtype: str):
-    grown, block = run(MANY_EXPERTS, str(tmp_path), method, dtype)
+    grown, block = run(MOST, str(tmp_path), method, dtype, "Mixtral")
     gram, tokens = 4 * 1024**2, 4 * 2 * 64
     activations = 4 * tokens * (32 + 2 * (32 + 1024))  # states, and what two experts a token read
     model = 2 * block  # stacked on loading, so no map of its files
     assert grown < model + 2 * block + 3 * gram + activations + 12 * 2**20  # sixteen matrices would be 64 MB
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_method_without_data_takes_the_memory_of_a_block_too(tmp_path: Path, dtype: str):
+    grown, block = run(MOST, str(tmp_path), "Magnitude", dtype, "Llama")
+    assert grown < 2 * block + 6 * 2**20  # fourteen blocks, and their masks, would be seventeen to twenty-one

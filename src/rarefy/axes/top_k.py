@@ -122,14 +122,20 @@ def _top_of_rows(scores: Tensor, k: int) -> Tensor:
     above = scores > threshold
     tied = kept ^ above
     room = k - above.sum(1, keepdim=True)
+    if len(scores) == 1:  # it may be long: running sums would be as many numbers of 8 bytes
+        kept[0, _true_places(tied)[int(room) :]] = False
+        return kept
     return above | (tied & (tied.cumsum(1) <= room))
 
 
 def _kth(scores: Tensor, k: int) -> Tensor:
-    """The k-th largest of each row, (rows, 1); numpy selects with vector instructions where the processor has them."""
-    if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
+    """The k-th largest of each row, (rows, 1); numpy selects with vector instructions where the processor has them, and
+    without the places that torch carries along."""
+    if scores.device.type == "cpu":
         place = scores.shape[1] - k
-        return from_array(np.partition(scores.numpy(), place, axis=1)[:, place : place + 1])
+        found = scores.to(torch.promote_types(scores.dtype, torch.float32), copy=True).numpy()  # holds each value
+        found.partition(place, axis=1)
+        return from_array(found[:, place : place + 1].copy()).to(scores.dtype)
     return scores.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
 
 

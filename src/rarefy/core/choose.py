@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -54,8 +54,10 @@ def project(
     sparsity: float | None,
     *,
     nested: Mapping[Site, Tensor] | None = None,
+    into: Callable[[Tensor], Tensor] = lambda mask: mask,
 ) -> dict[Site, Tensor]:
     """Masks in the weights' shapes for scores in the weights' shapes. nested: masks whose false units stay masked.
+    into: given each mask as soon as it is made; returns the same one, elsewhere.
 
     Each site remembers as `asked` how many units it was to keep. Scores are asked for once, in their order, and let go
     one after the other where the allocation does not compare them.
@@ -72,7 +74,7 @@ def project(
         counts = allocate(sites, allocation, sparsity, ranked if _ranks(allocation) else units)
         counts = _within(counts, {site: int(kept[site].sum()) for site in sites})
         units = ranked
-    masks = {s: fill(s, None, units[s] if together else pooled(s, scores[s], how), counts[s]) for s in sites}
+    masks = {s: into(fill(s, None, units[s] if together else pooled(s, scores[s], how), counts[s])) for s in sites}
     for site in sites:
         site.asked = counts[site]
     return masks

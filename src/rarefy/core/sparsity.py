@@ -238,7 +238,7 @@ class Sparsity:
         """pattern.project(score, budget): masks for scores of the weights' shapes; remembers what was asked.
 
         nested: masks (now) whose false units must stay false."""
-        return choose.project(scores, pool, allocation, sparsity, nested=nested)
+        return choose.project(scores, pool, allocation, sparsity, nested=nested, into=self.spill)
 
     def dense_gradient(self, site: Site) -> Tensor:
         """The gradient at all positions, in steps announced by `wants_dense_gradient`. Raises unless finite."""

@@ -28,7 +28,7 @@ class Journal:
     whatever the result depends on (method, seed, digests of source and calibration), as JSON values, or one digest.
     lean: from then on a finished block's parameters are maps of its files here, and masks maps of files that go with
     them; so a model that is itself mapped takes the memory of the block at work.
-    Raises ValueError where the folder has a journal of other settings, naming those that differ.
+    Raises ValueError where the folder has finished blocks of other settings, naming those that differ.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +126,7 @@ class Journal:
 
     def _check_settings(self) -> None:
         path = self.folder / _SETTINGS
-        if not path.exists():
+        if not path.exists() or not any(self.folder.glob("*.safetensors")):
             partial = path.with_name(f".{path.name}.partial")
             try:
                 partial.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")

@@ -103,13 +103,14 @@ def prune(
         return told(kinds, parameters, None, None)
     said = {"model": _files_of(source), "method": method.to_dict(), "sites": names, "seed": seed, "dtype": str(dtype)}
     with said_when_full(target):
-        with _journal(target, method, {**said, "calibration": None if data is None else data.sha256}) as journal:
+        with _journal(target, {**said, "calibration": None if data is None else data.sha256}) as journal:
             sparsity = sparsify(
                 model, method, data=_batches(data, config), only=names, seed=seed, progress=progress, journal=journal
             )
             saw = None if data is None else CalibrationRecord(sha256=data.sha256, settings=data.settings)
-            spill = None if journal is None else journal.spill
-            changes, record = collect(model, sparsity, source, calibration=saw, settings={"seed": seed}, spill=spill)
+            changes, record = collect(
+                model, sparsity, source, calibration=saw, settings={"seed": seed}, spill=journal.spill
+            )
         _write(source, target, changes, record, packed)
     nonzero = sum(int(torch.count_nonzero(p)) for p in model.parameters())  # without a mask of a model's size
     kinds = by_kind([(s, asked_of(s), sparsity.kept(s)) for s in sparsity.sites])
@@ -219,17 +220,13 @@ def part_of(name: str) -> str:
 
 
 @contextmanager
-def _journal(out: Path, method: Method, settings: Mapping[str, Any]) -> Iterator[Journal | None]:
-    """For block-wise methods, kept where the run is interrupted and where the disk is full, if a block is in it; any
-    other error leaves nothing behind."""
-    if method.scope != "blocks":
-        yield None
-        return
+def _journal(out: Path, settings: Mapping[str, Any]) -> Iterator[Journal]:
+    """Kept, if a block is in it, where the run is interrupted and where the disk is full; else nothing stays behind."""
     journal = Journal.of(out, settings, lean=True)  # the model is this call's own
     try:
         yield journal
-    except Exception as error:
-        if is_full(error) and journal.done():
+    except BaseException as error:
+        if journal.done() and (is_full(error) or not isinstance(error, Exception)):
             raise
         journal.remove()
         with suppress(OSError):  # something else lies there

@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rarefy.axes import largest_remainder
 from rarefy.core import bits
@@ -107,9 +107,7 @@ class Run:
 
     def _moves(self, site: Site) -> bool:
         """Whether the parameter is given another memory, of which the journal's disk takes care, and not written to."""
-        parameter = site.parameter
-        plain = type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.is_contiguous()
-        return plain and self.s.lean
+        return self.s.lean and site.held.movable()
 
     def _tell(self, done: int, of: int, name: str) -> None:
         if self.s.progress is not None:
