@@ -60,6 +60,15 @@ def test_a_gram_matrix_made_of_kept_inputs_has_the_same_bits(dtype: torch.dtype,
         assert store.memory + store.disk == 0
 
 
+def test_a_gram_matrix_asked_for_too_late_is_refused(tmp_path: Path):
+    with Store(0, tmp_path) as store:
+        found = Accumulator(7, gram=torch.float32, store=store)
+        found.add(sample(1, 3, 7))
+        (late,) = found.result()
+    with pytest.raises(RuntimeError, match="before the next block"):
+        late.hessian()
+
+
 def test_chunks_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch):
     x = sample(4, 30, 9)
     whole = Accumulator(9, gram=torch.float64)

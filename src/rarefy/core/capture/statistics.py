@@ -74,7 +74,9 @@ class Inputs:
         self._handles.append(self._store.put(x))
 
     def gram(self) -> Tensor:
-        """[in, in]: Σ x xᵀ, a fresh tensor."""
+        """[in, in]: Σ x xᵀ, a fresh tensor. Raises RuntimeError where the walk that kept the inputs is over."""
+        if not self._store.holds(self._handles):
+            raise RuntimeError("the inputs of this block were let go: ask for its Gram matrices before the next block.")
         gram = torch.zeros(self._width, self._width, dtype=self._dtype, device=self._device)
         for handle in self._handles:
             _add_gram(gram, self._store.get(handle))

@@ -109,8 +109,12 @@ class Store:
         else:
             self.memory -= entry.size
 
+    def holds(self, handles: Iterable[int]) -> bool:
+        """Whether all of them are still there: a store that was closed has none."""
+        return all(handle in self._entries for handle in handles)
+
     def drop_all(self, handles: Iterable[int]) -> None:
-        """`drop` each that is still there: a store that was closed has none."""
+        """`drop` each that is still there."""
         for handle in handles:
             if handle in self._entries:
                 self.drop(handle)
