@@ -194,6 +194,8 @@ def _by_magnitude(site: Site, weight: Tensor, keep: int, mask: Tensor | None) ->
 
 
 def _joined(found: Sequence[Solved], parts: Sequence[Tensor]) -> Solved:
+    if len(found) == 1:
+        return found[0]
     mask = torch.cat([each.mask for each in found])
     if all(each.weight is None for each in found):
         return Solved(mask)
