@@ -94,7 +94,7 @@ $(STAMP)-minilm: $(STAMP)
 	@touch $@
 
 train-sentences: OUT ?= rarefy-sentences
-train-sentences: $(STAMP)-minilm  ## MiniLM distilled to 80 and 90 % sparse, in 80 minutes: OUT=rarefy-sentences
+train-sentences: $(STAMP)-minilm  ## MiniLM distilled to 80 and 90 % sparse, in 96 minutes: OUT=rarefy-sentences
 	$(BIN)/python -m rarefy.bench.sentences train $(OUT)
 
 bench-sentences: OUT ?= rarefy-sentences

@@ -24,8 +24,8 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("sentences")
     folder = save_bert(root / "model")
     texts = Sentences(tuple(sentences(200)), tuple(sentences(60, 1)), tuple(sentences(10, 2)))
-    recipe = Recipe(minutes=0.0, batch=16, samples=32, prunings=1)
-    train(folder, lambda: texts, root / "out", (0.8,), recipe, lambda *args: None)
+    recipe = Recipe(batch=16, samples=32, prunings=1)
+    train(folder, lambda: texts, root / "out", {0.8: 0.0}, recipe, lambda *args: None)
     return root
 
 
@@ -112,3 +112,10 @@ def test_the_real_model_pruned_by_half_retrieves_most_of_the_same():
 
 def test_documents_are_json(made):
     assert json.loads((made / "out" / "sentences.json").read_text()).keys() == {"train", "corpus", "queries"}
+
+
+def test_minutes_are_asked_for_each_sparsity(made, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["train", str(tmp_path), "--model", str(made / "model"), "--minutes", "1"])
+    assert "--minutes gives 1 numbers, --sparsities 2" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

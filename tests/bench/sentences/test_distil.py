@@ -72,9 +72,10 @@ def test_a_distilled_encoder_is_nearer_than_a_pruned_one(folder):
 def test_directories_are_ordinary_and_are_proved(folder, tmp_path):
     texts = Sentences(tuple(sentences(200)), tuple(sentences(60, 1)), tuple(sentences(10, 2)))
     out = tmp_path / "out"
-    said = train(folder, lambda: texts, out, (0.9, 0.8), TINY, silent)
+    said = train(folder, lambda: texts, out, {0.9: 1.0, 0.8: 2.0}, TINY, silent)
     assert [path.name for path in distilled(out)] == ["sparse-80", "sparse-90"]
     assert [each["recipe"]["initial"] for each in said] == [0.0, 0.8]
+    assert [each["recipe"]["minutes"] for each in said] == [2.0, 1.0]
     for path, sparsity in zip(distilled(out), (0.8, 0.9), strict=True):
         record = check_directory(path)
         assert record.sparsity == pytest.approx(sparsity, abs=1e-3)
@@ -88,4 +89,4 @@ def test_directories_are_ordinary_and_are_proved(folder, tmp_path):
     def never():
         raise AssertionError("the text is there already")
 
-    assert train(folder, never, out, (0.8, 0.9), TINY, silent) == said
+    assert train(folder, never, out, {0.8: 2.0, 0.9: 1.0}, TINY, silent) == said

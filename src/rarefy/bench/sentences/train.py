@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,11 @@ def train(
     source: Path,
     texts: Callable[[], Sentences],
     out: Path,
-    sparsities: Sequence[float],
+    minutes: Mapping[float, float],
     recipe: Recipe,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Distil the encoder of `source` at each sparsity, for `recipe.minutes` each, and write OUT/sparse-80 and so on.
+    """Distil the encoder of `source` and write OUT/sparse-80 and so on. minutes: sparsity → how long.
 
     What is there already is not made again, and the next sparsity goes on from it. Returns what each took.
     """
@@ -52,12 +52,12 @@ def train(
     dense, tokenizer = open_encoder(source)
     tokens = tokens_of(tokenizer, sentences.train)
     student, before, said = copy.deepcopy(dense.model), 0.0, []
-    for sparsity in sorted(sparsities):
+    for sparsity in sorted(minutes):
         folder = out / name_of(sparsity)
         if folder.exists():
             student = open_encoder(folder)[0].model
         else:
-            its = dataclasses.replace(recipe, sparsity=sparsity, initial=before)
+            its = dataclasses.replace(recipe, sparsity=sparsity, initial=before, minutes=minutes[sparsity])
             run = distil(dense.model, student, tokens, its, progress)
             _write(source, folder, student, run, its, sentences)
         said.append(dict(read_record(folder).settings))
