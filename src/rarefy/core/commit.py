@@ -65,7 +65,7 @@ def _apply(s: rarefy.core.sparsity.Sparsity, site: Site, mask: Tensor, trainable
         _move_state(s, held, before)
         _clear(held)
     else:  # zeros first: state that copies the weight follows what it becomes
-        _clear(held, unless_clear=s.lean)  # what is not written to stays the file's that it is a map of
+        _clear(held, weight=not s.lean)  # `move` has cleared it
         _move_state(s, held, before)
     for follower in site.followers:
         before = follower.train
@@ -90,8 +90,8 @@ def follow(site: Site, follower: Held, mask: Tensor) -> None:
     follower.set(rows)
 
 
-def _clear(held: Held, *, unless_clear: bool = False) -> None:
-    if not (unless_clear and held.is_clear()):
+def _clear(held: Held, *, weight: bool = True) -> None:
+    if weight:
         held.clear_weight()
     held.remask_gradient()
 

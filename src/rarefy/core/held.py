@@ -117,14 +117,18 @@ class Held:
 
     def move(self, to: Callable[[Tensor], Tensor]) -> None:
         """Let the masks be what `to` makes of them, the same elsewhere; and the weight, unless it is clear, what `to`
-        makes of a cleared copy: what it was is not written to, for it may be the map of a file."""
+        makes of a cleared copy: what it was is not written to where it can be replaced, for it may map a file."""
         same = self.train is self.keep
         self.keep = None if self.keep is None else to(self.keep)
         self.train = self.keep if same else None if self.train is None else to(self.train)
-        if self.keep is not None and self.movable() and not self.is_clear():
-            weight = self.parameter.detach().clone()
-            bits.clear_(weight, self.keep)
-            self.parameter.data = to(weight)
+        if self.keep is None or self.is_clear():
+            return
+        if not self.movable():
+            self.clear_weight()
+            return
+        weight = self.parameter.detach().clone()
+        bits.clear_(weight, self.keep)
+        self.parameter.data = to(weight)
 
     def is_clear(self) -> bool:
         """Whether the weight is +0.0 wherever the mask is false already; nothing is written."""
